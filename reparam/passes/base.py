@@ -1,0 +1,112 @@
+"""What a pass is, and the two values it answers with: a `Rewrite` for what it did, a `Refusal` for what it left."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's model something happens.
+
+    Attributes:
+        module: qualified name of the module (or, for a functional call, of the module whose `forward` made it; the
+            graph node's name where there is none).
+        source: `file.py:line` of the user's code, or None where it is not known.
+    """
+
+    module: str
+    source: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.source})" if self.source else self.module
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What running some operations once costs, for the example inputs' sizes.
+
+    Attributes:
+        macs: multiply-adds.
+        bytes: bytes read and written, weights included.
+        launches: operations launched.
+        seconds: the cost model's price of the three; an estimate that only serves to rank alternatives.
+    """
+
+    macs: int = 0
+    bytes: int = 0
+    launches: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.macs + other.macs,
+            self.bytes + other.bytes,
+            self.launches + other.launches,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One change that was made.
+
+    Attributes:
+        pass_name: the pass that made it.
+        place: where the replacement stands.
+        replaced: the operations that went, as the user would name them (`conv1: Conv2d`).
+        replacement: what stands there now (`Conv2d(64, 64, 3x3)`; empty if nothing does).
+        identity: the identity that was applied, as a formula or a sentence.
+        before, after: cost of the replaced and of the replacing operations.
+    """
+
+    pass_name: str
+    place: Place
+    replaced: tuple[str, ...]
+    replacement: str
+    identity: str
+    before: Cost = Cost()
+    after: Cost = Cost()
+
+    @property
+    def where(self) -> str:
+        """Qualified module name and source line, for people."""
+        return str(self.place)
+
+    @property
+    def reason(self) -> str:
+        """The identity applied: why the rewrite is exact."""
+        return self.identity
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rewrite as plain JSON types."""
+        return {**asdict(self), "where": self.where, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that looks foldable and was left.
+
+    Attributes:
+        pass_name: the pass that left it.
+        place: where it stands.
+        subject: the operation that stays, in the field's words (`BatchNorm2d`, `mul by a constant`).
+        reason: one sentence: why it stays.
+        remedy: one sentence: what would lift the refusal; empty if nothing would.
+    """
+
+    pass_name: str
+    place: Place
+    subject: str
+    reason: str
+    remedy: str = ""
+
+    @property
+    def where(self) -> str:
+        """Qualified module name and source line, for people."""
+        return str(self.place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The refusal as plain JSON types."""
+        return {**asdict(self), "where": self.where}
