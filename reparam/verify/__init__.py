@@ -1,0 +1,13 @@
+"""Does a candidate compute what the original computes? Two callables and inputs become a `Comparison`.
+
+`verify` runs both; `compare_outputs` judges outputs that were already computed. Knows neither `torch.fx` nor passes, so
+that it cannot share their mistakes.
+"""
+
+from __future__ import annotations
+
+from reparam.verify.comparison import CaseResult, Comparison, OutputComparison
+from reparam.verify.measure import compare_outputs
+from reparam.verify.runner import verify
+
+__all__ = ["CaseResult", "Comparison", "OutputComparison", "compare_outputs", "verify"]

@@ -1,0 +1,136 @@
+"""From measured cases to the `Comparison`: judges each output with the noise that all cases showed for it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from reparam.verify.comparison import CaseResult, Comparison, OutputComparison
+from reparam.verify.measure import Measured, Rules, verdict
+from reparam.verify.outputs import Flat
+
+# An original whose own noise is a tenth of its output can vouch for nothing.
+HOPELESS_NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A case that was run (or skipped): its result so far, what the truth was, and the measurements to judge."""
+
+    result: CaseResult
+    truth: Flat | None = None
+    measured: tuple[Measured, ...] = ()
+
+
+def gather(
+    ran: Sequence[Ran],
+    rules: Rules,
+    *,
+    asked_algebra: bool,
+    failures: tuple[str, ...],
+    notes: tuple[str, ...],
+    level: str,
+    seed: int,
+) -> Comparison:
+    """Judges the cases and sums up."""
+    typical = _typical_noise(ran)
+    cases = tuple(_judged(one, rules, typical) for one in ran)
+    outputs = _nearest_to_its_bar(cases)
+    every = [output for case in cases for output in case.outputs]
+    failures += tuple(f"{case.name}: {sentence}" for case in cases for sentence in case.failures)
+    run = [case for case in cases if case.status != "skipped"]
+    if not failures:
+        failures = _lack_of_evidence(run, every)
+    errors = [output.algebra_error for output in every if output.algebra_error is not None]
+    return Comparison(
+        passed=not failures,
+        algebra_error=max(errors) if errors and asked_algebra else None,
+        algebra_tolerance=rules.algebra_tolerance,
+        numeric_error=max((output.numeric_error for output in every), default=math.inf),
+        original_noise=max((output.original_noise for output in every), default=0.0),
+        noise_factor=rules.noise_factor,
+        dtype=str(rules.dtype).removeprefix("torch."),
+        outputs=outputs,
+        cases=cases,
+        failures=failures,
+        notes=(*notes, *_constant_outputs(ran)),
+        level=level,
+        seed=seed,
+        cost=sum(case.cost for case in cases),
+    )
+
+
+def _typical_noise(ran: Iterable[Ran]) -> dict[str, float]:
+    """Median over the cases of each output's noise over its RMS: one lucky case does not set the bar for itself."""
+    seen: dict[str, list[float]] = {}
+    for one in ran:
+        for measured in one.measured:
+            if measured.numeric is not None and math.isfinite(measured.figures.original_noise):
+                seen.setdefault(measured.figures.name, []).append(measured.figures.original_noise)
+    return {name: statistics.median_low(values) for name, values in seen.items()}
+
+
+def _judged(ran: Ran, rules: Rules, typical: dict[str, float]) -> CaseResult:
+    if ran.result.status == "skipped":
+        return ran.result
+    outputs = tuple(verdict(one, rules, typical.get(one.figures.name, 0.0)) for one in ran.measured)
+    failures = ran.result.failures + tuple(sentence for output in outputs for sentence in output.failures)
+    notes = ran.result.notes + tuple(sentence for output in outputs for sentence in output.notes)
+    hopeless = [output.name for output in outputs if output.numeric_ratio is not None and _hopeless(output)]
+    notes += tuple(f"{name}: the original's own rounding noise is too large to tell anything from" for name in hopeless)
+    without = (
+        any(one.shared_nonfinite for one in ran.measured) or bool(hopeless) or not any(o.elements for o in outputs)
+    )
+    status = "failed" if failures else "no evidence" if without else "passed"
+    return replace(ran.result, status=status, outputs=outputs, failures=failures, notes=notes)  # type: ignore[arg-type]
+
+
+def _hopeless(output: OutputComparison) -> bool:
+    return output.algebra_error is None and not output.original_noise <= HOPELESS_NOISE
+
+
+def _lack_of_evidence(run: Sequence[CaseResult], outputs: Sequence[OutputComparison]) -> tuple[str, ...]:
+    """A comparison that could not have failed has not passed."""
+    if not any(output.elements for output in outputs):
+        return ("nothing finite was compared, so nothing is known",)
+    compared = [output for output in outputs if output.elements and output.numeric_ratio is not None]
+    if compared and all(_hopeless(output) for output in compared):
+        return ("the original's own rounding noise is so large on every input that nothing can be told",)
+    by_name: dict[str, int] = {}
+    for output in outputs:
+        by_name[output.name] = by_name.get(output.name, 0) + output.elements
+    return tuple(f"{name}: no finite element was compared on any input" for name, count in by_name.items() if not count)
+
+
+def _nearest_to_its_bar(cases: Iterable[CaseResult]) -> tuple[OutputComparison, ...]:
+    worst: dict[str, OutputComparison] = {}
+    for case in cases:
+        for output in case.outputs:
+            best = worst.get(output.name)
+            key = (bool(output.failures), output.worst_ratio, output.elements)
+            if best is None or key > (bool(best.failures), best.worst_ratio, best.elements):
+                worst[output.name] = output
+    return tuple(worst.values())
+
+
+def _constant_outputs(ran: Sequence[Ran]) -> tuple[str, ...]:
+    """Notes on outputs of the original that are the same whatever goes in: comparing them proves little."""
+    ranges: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for one in ran:
+        for name, tensor in ({} if one.truth is None else one.truth.tensors()).items():
+            if tensor.dim() >= 2 and tensor.numel():
+                # Per channel, so that outputs of different batch and image sizes can be compared.
+                others = [d for d in range(tensor.dim()) if d != 1]
+                ranges.setdefault(name, []).append((tensor.amin(others).cpu(), tensor.amax(others).cpu()))
+    notes = []
+    for name, pairs in ranges.items():
+        first = pairs[0][0]
+        if all(
+            low.shape == first.shape and torch.equal(low, first) and torch.equal(high, first) for low, high in pairs
+        ):
+            notes.append(f"{name}: the original returns the same constants for every input that was tried")
+    return tuple(notes)

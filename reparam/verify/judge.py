@@ -1,0 +1,135 @@
+"""When is an error too large? One rule for both questions: error <= factor * luck * noise + floor * scale.
+
+The three tensors are compared as `Spread`s: RMS and peak of the whole and of every slice along every axis, so that
+neither a huge channel hides a fault in another one, nor a large interior a fault at the border. What is held against what:
+
+* the whole tensor by RMS, with the stated factor;
+* each slice by RMS and by peak, with the factor times what chance alone does to the largest of many slices.
+
+`luck` is 1 for many independent values and grows where the comparison has few: the logarithm of the ratio of two RMS
+values of m normal samples each has standard deviation 1/sqrt(m) (Fisher 1924); three of those are allowed. The number of
+samples is the number of distinct values, because a constant input makes all positions of a channel one sample.
+
+A slice whose own noise is small by luck, or because its values cancel to nearly nothing, is granted the noise that is
+typical of its peers: the median of noise over scale, times its own scale, and the lower quartile of noise. Both are
+quantiles over slices and not maxima, so a few huge or noisy channels lend nothing to the others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# Deviations of log(RMS ratio) that are put down to chance; the factor 2 on top makes a false alarm rarer still.
+LUCK_DEVIATIONS = 3.0
+# A value is stored with half a ULP of error, and folding rounds one weight and one bias once, each half a ULP of the
+# terms that are summed; the original may have none of the three (it can be exact). Twice their sum, 3/2 ULP, rounded up.
+FLOOR_ULPS = 4.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How large a tensor is, as a whole and slice by slice.
+
+    Attributes:
+        rms, peak: root of the mean square, largest absolute value.
+        slices: for each axis, RMS and peak of every slice, each of shape [size of the axis].
+    """
+
+    rms: float
+    peak: float
+    slices: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    def scaled(self, factor: float) -> Spread:
+        """The spread of `factor` times the tensor, factor >= 0."""
+        slices = tuple((rms * factor, peak * factor) for rms, peak in self.slices)
+        return Spread(self.rms * factor, self.peak * factor, slices)
+
+    def plus(self, other: Spread) -> Spread:
+        """A bound on the spread of the sum."""
+        pairs = zip(self.slices, other.slices, strict=True)
+        slices = tuple((a_rms + b_rms, a_peak + b_peak) for (a_rms, a_peak), (b_rms, b_peak) in pairs)
+        return Spread(self.rms + other.rms, self.peak + other.peak, slices)
+
+
+def spread(values: torch.Tensor) -> Spread:
+    """The spread of a float64 tensor of any shape with at least one element."""
+    values = values.reshape(1) if values.dim() == 0 else values
+    square, magnitude = values.square(), values.abs()
+    slices = []
+    for axis in range(values.dim()):
+        others = [d for d in range(values.dim()) if d != axis]
+        rms = (square.mean(others) if others else square).sqrt()
+        slices.append((rms, magnitude.amax(others) if others else magnitude))
+    return Spread(math.sqrt(float(square.mean())), float(magnitude.max()), tuple(slices))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The largest ratio of error to bar, and where: `the whole tensor`, `index 3 of dim 1`. At most 1 passes."""
+
+    ratio: float
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error stays within its bar everywhere."""
+        return self.ratio <= 1.0
+
+
+def judge(
+    error: Spread, noise: Spread, truth: Spread, *, factor: float, floor: float, samples: int, typical: float = 0.0
+) -> Judgement:
+    """Holds an error against the noise.
+
+    Args:
+        error, noise, truth: spreads of tensors of one shape.
+        factor: multiple of the noise that is allowed.
+        floor: share of the scale (RMS for RMS, peak for peak) that is allowed besides.
+        samples: independent values in the tensor.
+        typical: noise over scale that is known to be typical of this output, from other inputs.
+    """
+    luck = math.exp(LUCK_DEVIATIONS / math.sqrt(max(samples, 1)))
+    bar = factor * luck * max(noise.rms, typical * truth.rms) + floor * truth.rms
+    worst = Judgement(_ratio(error.rms, bar), "the whole tensor")
+    for axis, (errors, noises, truths) in enumerate(zip(error.slices, noise.slices, truth.slices, strict=True)):
+        if errors[0].numel() < 2:
+            continue
+        for kind in (0, 1):
+            ratios = _slice_ratios(errors[kind], noises[kind], truths[kind], factor, floor, typical)
+            index = int(ratios.argmax())
+            if float(ratios[index]) > worst.ratio:
+                worst = Judgement(float(ratios[index]), f"index {index} of dim {axis}")
+    return worst
+
+
+def effective_scale(truth: torch.Tensor, noise: torch.Tensor, factor: float, floor: float) -> torch.Tensor:
+    """Scale of each slice by which an error is divided so that `floor` is its bar: its peak, or what its noise explains."""
+    return torch.maximum(truth, _bars(truth, noise, factor, floor, 0.0) / floor)
+
+
+def _slice_ratios(
+    errors: torch.Tensor, noises: torch.Tensor, truths: torch.Tensor, factor: float, floor: float, typical: float
+) -> torch.Tensor:
+    bars = _bars(truths, noises, factor, floor, typical)
+    ratios = errors / bars
+    return torch.where(errors == 0, torch.zeros_like(ratios), ratios)
+
+
+def _bars(truths: torch.Tensor, noises: torch.Tensor, factor: float, floor: float, typical: float) -> torch.Tensor:
+    live = truths > 0
+    relative = float((noises[live] / truths[live]).median()) if bool(live.any()) else 0.0
+    # kthvalue and not quantile: no interpolation, and no limit on the number of slices.
+    quartile = float(noises.kthvalue(max(1, noises.numel() // 4)).values)
+    level = torch.maximum(noises, truths * max(relative, typical)).clamp_min(quartile)
+    # The largest of n normal samples is near sqrt(2 log n); 2 more deviations for the noise itself being a sample.
+    luck = 2.0 + math.sqrt(2.0 * math.log(max(noises.numel(), 2)))
+    return factor * luck * level + floor * truths
+
+
+def _ratio(error: float, bar: float) -> float:
+    if error == 0.0:
+        return 0.0
+    return error / bar if bar > 0.0 else math.inf

@@ -1,0 +1,352 @@
+"""Outputs that were already computed become measurements, and measurements become verdicts.
+
+Two steps, because the verdict on one input may lean on the noise seen with the others: `measure` holds the tensors only
+long enough to take their spreads, `verdict` judges. `compare_outputs` is both in one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from reparam.verify import metrics
+from reparam.verify.comparison import OutputComparison
+from reparam.verify.judge import FLOOR_ULPS, Judgement, Spread, effective_scale, judge, spread
+from reparam.verify.outputs import Flat, flatten, renamed, structure_failures
+
+ALGEBRA_TOLERANCE = 1e-10
+NOISE_FACTOR = 2.0
+# Unit roundoffs differ between dtypes by powers of two; rounding noise scales with them. The factor allows for the order
+# of summation, which differs more between float64 kernels than between the passes of one dtype.
+_NOISE_MARGIN = 8.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How strict a comparison is.
+
+    Attributes:
+        noise_factor: multiple of the original's noise that is allowed.
+        algebra_tolerance: scaled float64 difference that is allowed.
+        dtype: the deployment dtype.
+        check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
+    """
+
+    noise_factor: float = NOISE_FACTOR
+    algebra_tolerance: float = ALGEBRA_TOLERANCE
+    dtype: torch.dtype = torch.float32
+    check_dtypes: bool = True
+    check_structure: bool = True
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the models returned on one input; flattened.
+
+    Attributes:
+        truth: the original in float64.
+        original, candidate: in the deployment dtype.
+        candidate64: the candidate in float64; None if the algebra is not asked.
+        rounded64: the candidate in float64 with its changed weights disturbed by a rounding; None if they are exact.
+        noise: the original in `noise_dtype`, where the deployment dtype is float64 and shows no noise of its own.
+    """
+
+    truth: Flat
+    original: Flat
+    candidate: Flat
+    candidate64: Flat | None = None
+    rounded64: Flat | None = None
+    noise: Flat | None = None
+    noise_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One output, measured: its figures, and the spreads that a verdict needs (None: that question is not asked)."""
+
+    figures: OutputComparison
+    truth: Spread | None = None
+    numeric: tuple[Spread, Spread] | None = None
+    algebra: tuple[Spread, Spread] | None = None
+    samples: int = 1
+    dtype: torch.dtype = torch.float32
+    shared_nonfinite: bool = False
+
+
+def compare_outputs(
+    truth: Any,
+    original: Any,
+    candidate: Any,
+    *,
+    candidate_float64: Any = None,
+    noise_factor: float = NOISE_FACTOR,
+    algebra_tolerance: float = ALGEBRA_TOLERANCE,
+    dtype: torch.dtype | None = None,
+    check_dtypes: bool = True,
+    check_structure: bool = True,
+) -> tuple[OutputComparison, ...]:
+    """Compares outputs that were already computed on one input.
+
+    Args:
+        truth: what the original returns in float64; tensors of any shape in any nesting of containers.
+        original: what it returns in the deployment dtype, of the same structure.
+        candidate: what the candidate returns in the deployment dtype.
+        candidate_float64: what it returns in float64; None leaves the algebra unasked.
+        noise_factor: multiple of the original's noise that the candidate may show.
+        algebra_tolerance: scaled float64 difference that is allowed.
+        dtype: the deployment dtype; None takes the coarsest floating-point dtype among the original's outputs.
+        check_dtypes: whether the candidate must return the original's dtypes.
+        check_structure: False compares the tensors in order and ignores the containers (a runtime that returns a list).
+
+    Returns:
+        One value per output. Whatever concerns no single output (containers, extra outputs, an empty comparison) is a
+        failure of a value named `output`.
+    """
+    runs = Runs(flatten(truth), flatten(original), flatten(candidate))
+    if candidate_float64 is not None:
+        runs = replace(runs, candidate64=flatten(candidate_float64))
+    floats = [leaf.dtype for leaf in runs.original.tensors().values() if leaf.is_floating_point()]
+    coarsest = max(floats, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
+    rules = Rules(noise_factor, algebra_tolerance, dtype or coarsest, check_dtypes, check_structure)
+    measured, failures = measure(runs, rules)
+    outputs = tuple(verdict(output, rules) for output in measured)
+    if failures:
+        outputs = (*outputs, OutputComparison("output", failures=failures))
+    return outputs
+
+
+def measure(runs: Runs, rules: Rules) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
+    """Measures every output that both models return; also sentences on what is missing, extra or of another kind."""
+    if not rules.check_structure:
+        runs = replace(
+            runs,
+            candidate=renamed(runs.candidate, runs.original),
+            candidate64=runs.candidate64 and renamed(runs.candidate64, runs.original),
+            rounded64=runs.rounded64 and renamed(runs.rounded64, runs.original),
+        )
+    failures = list(structure_failures(runs.original, runs.candidate))
+    if not sum(tensor.numel() for tensor in runs.original.tensors().values()):
+        failures.append("the comparison is empty: the original returns no tensor with any element")
+    measured = []
+    for name, original in runs.original.leaves.items():
+        if name not in runs.candidate.leaves:
+            continue
+        candidate = runs.candidate.leaves[name]
+        if isinstance(original, torch.Tensor) and isinstance(candidate, torch.Tensor):
+            measured.append(_measure_tensor(name, original, candidate, runs, rules))
+        elif type(original) is not type(candidate) or not _same(original, candidate):
+            failures.append(f"{name} is {candidate!r:.60} and should be {original!r:.60}")
+    return tuple(measured), tuple(failures)
+
+
+def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputComparison:
+    """Judges a measured output; `typical` is the noise over RMS that other inputs showed for it."""
+    figures, truth = measured.figures, measured.truth
+    failures = list(figures.failures)
+    numeric = algebra = None
+    if truth is not None and measured.numeric is not None:
+        floor = FLOOR_ULPS * torch.finfo(measured.dtype).eps
+        numeric = _judged(measured, measured.numeric, rules.noise_factor, floor, typical)
+        if not numeric.passed:
+            failures.append(
+                f"{figures.name}: the error of the candidate is {numeric.ratio:.3g} times what is allowed, "
+                f"at {numeric.where} ({_name(rules.dtype)} error {figures.numeric_error:.2g}, the original's own "
+                f"{figures.original_noise:.2g}); worst element {list(figures.worst_index)}, {figures.worst_location}"
+            )
+    if truth is not None and measured.algebra is not None:
+        algebra = _judged(measured, measured.algebra, rules.noise_factor, rules.algebra_tolerance, 0.0)
+        if not algebra.passed:
+            failures.append(
+                f"{figures.name}: the float64 results differ by {figures.algebra_error or 0.0:.2g}, "
+                f"{algebra.ratio:.3g} times what is allowed, at {algebra.where}; "
+                f"worst element {list(figures.worst_index)}, {figures.worst_location}"
+            )
+    return replace(
+        figures,
+        numeric_ratio=numeric and numeric.ratio,
+        algebra_ratio=algebra and algebra.ratio,
+        failures=tuple(failures),
+    )
+
+
+def _judged(measured: Measured, pair: tuple[Spread, Spread], factor: float, floor: float, typical: float) -> Judgement:
+    assert measured.truth is not None
+    error, noise = pair
+    return judge(error, noise, measured.truth, factor=factor, floor=floor, samples=measured.samples, typical=typical)
+
+
+def _measure_tensor(name: str, original: torch.Tensor, candidate: torch.Tensor, runs: Runs, rules: Rules) -> Measured:
+    """Measures one tensor: shape and dtype, then elements that are not finite, then the rest."""
+    figures = OutputComparison(name, tuple(original.shape), _name(original.dtype))
+    truth = runs.truth.leaves.get(name)
+    if not isinstance(truth, torch.Tensor) or truth.shape != original.shape:
+        return _failed(figures, f"{name}: the original itself returns something else in float64")
+    if candidate.shape != original.shape:
+        return _failed(figures, f"{name} has shape {list(candidate.shape)} and should have {list(original.shape)}")
+    if rules.check_dtypes and candidate.dtype != original.dtype:
+        return _failed(figures, f"{name} is {_name(candidate.dtype)} and should be {_name(original.dtype)}")
+    if original.numel() == 0:
+        return Measured(replace(figures, notes=(f"{name} has no elements",)))
+    if not (original.is_floating_point() and candidate.is_floating_point()):
+        return _measure_exact(figures, truth, original, candidate, runs, rules)
+    coarse = max(original.dtype, rules.dtype, key=lambda kind: torch.finfo(kind).eps)
+    return _measure_floats(figures, truth, original, candidate, runs, rules, coarse)
+
+
+def _measure_floats(
+    figures: OutputComparison,
+    truth: torch.Tensor,
+    original: torch.Tensor,
+    candidate: torch.Tensor,
+    runs: Runs,
+    rules: Rules,
+    dtype: torch.dtype,
+) -> Measured:
+    t, o, c = _double(truth), _double(original), _double(candidate)
+    c64 = _leaf(runs.candidate64, figures.name, t)
+    failures, notes, usable, shared = _nonfinite(figures.name, t, o, c)
+    if runs.candidate64 is not None and c64 is None:
+        failures.append(f"{figures.name}: the candidate returns no such output in float64")
+    if c64 is not None:
+        odd = ~_same_nonfinite(t, c64)
+        if bool(odd.any()):
+            failures.append(f"{figures.name}: {_count(odd)} not finite in one float64 result only")
+        usable &= c64.isfinite()
+    figures = replace(figures, elements=int(usable.sum()), failures=tuple(failures), notes=tuple(notes))
+    if figures.elements == 0:
+        return Measured(figures, shared_nonfinite=shared)
+    zero = torch.zeros((), dtype=torch.float64)
+    t, o, c = (torch.where(usable, x, zero) for x in (t, o, c))
+    c64 = None if c64 is None else torch.where(usable, c64, zero)
+    noise, noise_dtype = o - t, dtype
+    other = _leaf(runs.noise, figures.name, t)
+    if other is not None and runs.noise_dtype is not None:
+        noise, noise_dtype = torch.where(usable & other.isfinite(), other - t, zero), runs.noise_dtype
+    rounding = _leaf(runs.rounded64, figures.name, t)
+    if rounding is not None and c64 is not None:
+        rounding = torch.where(usable & rounding.isfinite(), rounding - c64, zero)
+    small = torch.finfo(torch.float64).eps / torch.finfo(noise_dtype).eps
+    figures = _fill(figures, t, o, c, noise if runs.noise is None else noise * small, original.dtype)
+    # Dividing by the scale first keeps squares in range; ratios do not notice.
+    unit = float(t.abs().max()) or 1.0
+    s_truth, s_noise = spread(t / unit), spread(noise / unit)
+    numeric = None if rules.dtype == torch.float64 else (spread((c - t) / unit), s_noise)
+    algebra = None
+    if c64 is not None:
+        s_exact = s_noise.scaled(_NOISE_MARGIN * small)
+        s_error = spread((c64 - t) / unit)
+        s_rounding = s_exact if rounding is None else s_exact.plus(spread(rounding / unit))
+        algebra = (s_error, s_rounding)
+        figures = replace(figures, **_algebra_errors(s_error, s_exact, s_truth, rules))
+    samples = metrics.distinct(t, dtype)
+    return Measured(figures, s_truth, numeric, algebra, samples, dtype, shared)
+
+
+def _measure_exact(
+    figures: OutputComparison,
+    truth: torch.Tensor,
+    original: torch.Tensor,
+    candidate: torch.Tensor,
+    runs: Runs,
+    rules: Rules,
+) -> Measured:
+    """Integers and booleans: equal to the truth, but for as many ties as rounding breaks in the original (times the factor)."""
+    t, o, c = _double(truth), _double(original), _double(candidate)
+    wrong, own, failures = int((c != t).sum()), int((o != t).sum()), []
+    if wrong > rules.noise_factor * own and bool((c != o).any()):
+        failures.append(f"{figures.name}: {wrong} of {t.numel()} values differ ({own} in the original itself)")
+    exact = _leaf(runs.candidate64, figures.name, t)
+    if exact is not None and runs.rounded64 is None and bool((exact != t).any()):
+        failures.append(f"{figures.name}: {int((exact != t).sum())} of {t.numel()} values differ in float64")
+    figures = replace(figures, elements=t.numel(), failures=tuple(failures))
+    return Measured(_fill(figures, t, o, c, o - t, torch.float64))
+
+
+def _fill(
+    figures: OutputComparison,
+    t: torch.Tensor,
+    o: torch.Tensor,
+    c: torch.Tensor,
+    noise: torch.Tensor,
+    dtype: torch.dtype,
+) -> OutputComparison:
+    """The figures that do not depend on a verdict."""
+    flat_index = int((c - t).abs().argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_index), t.shape)) if t.dim() else ()
+    return replace(
+        figures,
+        **metrics.error_metrics(c, t, dtype),
+        original_noise=metrics.relative(metrics.rms(noise), metrics.rms(t)),
+        top1_agreement=metrics.top1_agreement(c, o),
+        tolerance=metrics.passing_tolerance(c, o),
+        worst_index=index,
+        worst_location=metrics.location(index, tuple(t.shape)),
+    )
+
+
+def _algebra_errors(error: Spread, noise: Spread, truth: Spread, rules: Rules) -> dict[str, float]:
+    per_channel = 0.0
+    for (_, errors), (_, noises), (_, truths) in zip(error.slices, noise.slices, truth.slices, strict=True):
+        scale = effective_scale(truths, noises, rules.noise_factor, rules.algebra_tolerance)
+        ratios = torch.where(errors == 0, torch.zeros_like(errors), errors / scale)
+        per_channel = max(per_channel, float(ratios.max()))
+    return {"algebra_per_tensor": metrics.relative(error.peak, truth.peak), "algebra_per_channel": per_channel}
+
+
+def _nonfinite(
+    name: str, t: torch.Tensor, o: torch.Tensor, c: torch.Tensor
+) -> tuple[list[str], list[str], torch.Tensor, bool]:
+    """Failures, notes, the elements that can be compared, and whether both models share values that are not finite."""
+    failures, notes = [], []
+    new = ~c.isfinite() & o.isfinite()
+    if bool(new.any()):
+        what = "NaN" if bool(c[new].isnan().any()) else "infinity"
+        failures.append(f"{name}: {what} in {_count(new)} where the original is finite")
+    differing = ~o.isfinite() & ~c.isfinite() & ~_same_nonfinite(o, c)
+    if bool(differing.any()):
+        failures.append(f"{name}: {_count(differing)} infinite or NaN in both models, but not the same")
+    shared = ~o.isfinite() & _same_nonfinite(o, c) & ~c.isfinite()
+    if bool(shared.any()):
+        notes.append(f"{name}: {_count(shared)} not finite in both models, and not compared")
+    rescued = ~o.isfinite() & c.isfinite()
+    if bool(rescued.any()):
+        notes.append(f"{name}: {_count(rescued)} not finite in the original only, and not compared")
+    unusable = bool((~o.isfinite()).any())
+    return failures, notes, t.isfinite() & o.isfinite() & c.isfinite(), unusable
+
+
+def _same_nonfinite(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where both are finite, or both the same infinity, or both NaN."""
+    return (a.isfinite() & b.isfinite()) | (a == b) | (a.isnan() & b.isnan())
+
+
+def _count(mask: torch.Tensor) -> str:
+    total = int(mask.sum())
+    first = [int(i) for i in mask.nonzero()[0]]
+    return f"{total} of {mask.numel()} elements (first {first})"
+
+
+def _leaf(flat: Flat | None, name: str, like: torch.Tensor) -> torch.Tensor | None:
+    leaf = None if flat is None else flat.leaves.get(name)
+    return _double(leaf) if isinstance(leaf, torch.Tensor) and leaf.shape == like.shape else None
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _failed(figures: OutputComparison, sentence: str) -> Measured:
+    return Measured(replace(figures, failures=(*figures.failures, sentence)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:  # a type of the user's whose equality raises is not equal to anything
+        return False
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

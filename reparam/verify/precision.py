@@ -1,0 +1,199 @@
+"""Private copies of a model in another precision, and calls of a model that leave no trace.
+
+Nothing here changes a module it was given: copies are deep, calls get copies of their inputs, and the global random
+state is the same after a call as before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from reparam.errors import InputError
+from reparam.inputs import Inputs
+from reparam.verify.outputs import Flat, flatten
+
+_NARROW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def deployment_dtype(module: nn.Module, inputs: Inputs) -> torch.dtype:
+    """The floating-point dtype of most weights; of the inputs, where there are no weights; float32 failing both."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    if not counts:
+        for tensor in inputs.tensors():
+            if tensor.is_floating_point():
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A deep copy in eval mode; with `dtype` (float64 or float32), floating-point weights and tensor attributes cast to it.
+
+    Raises:
+        InputError: the module cannot be copied.
+    """
+    try:
+        duplicate = copy.deepcopy(module)
+    except Exception as error:
+        raise InputError(f"the {what} cannot be copied, so it cannot be verified ({first_line(error)})") from error
+    try:
+        duplicate.eval()
+    except NotImplementedError:
+        pass  # an exported program's module has no modes: what it does was fixed when it was exported
+    if dtype is not None:
+        duplicate.double() if dtype == torch.float64 else duplicate.float()
+        for part in duplicate.modules():
+            for name, value in vars(part).items():
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    vars(part)[name] = value.detach().to(dtype)
+    return duplicate
+
+
+def run(model: Callable[..., Any], inputs: Inputs, *, seed: int, dtype: torch.dtype | None = None) -> Flat:
+    """Calls a model and flattens what it returns, with its random numbers drawn from `seed`.
+
+    Args:
+        model: a module or any other callable; the inputs are moved to the module's device.
+        dtype: float64 or float32 casts the floating-point inputs, and makes every cast to a narrower dtype inside the
+            model a cast to this one; None runs the model as it is.
+    """
+    device = _device(model)
+    if device is not None:
+        inputs = inputs.map(lambda tensor: tensor.to(device))
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        if dtype is None:
+            return flatten(inputs.call(model))
+        with _all_in(dtype):
+            return flatten(inputs.to(dtype).call(model))
+
+
+def disturbed(candidate: nn.Module, original: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module | None:
+    """A float64 copy of `candidate` whose changed weights are wrong by about what arithmetic in `dtype` makes them.
+
+    A weight that folding has changed and rounded is known only to a unit roundoff u; folding in `dtype` itself rounds
+    the factor of a whole channel as well, and a bias by u of the terms that cancelled in it. Each changed element moves by
+    +-u of itself (of the RMS of the tensor for vectors), and each slice along dim 0 by +-u. An element that stands
+    unchanged in the original has no such excuse and stays.
+
+    Returns:
+        None if nothing was changed.
+    """
+    reference = dict(original.named_parameters()) | dict(original.named_buffers())
+    known = {_fingerprint(tensor): tensor for tensor in reference.values() if tensor.is_floating_point()}
+    generator = torch.Generator().manual_seed(seed)
+    copied = private_copy(candidate, "candidate", torch.float64)
+    targets = dict(copied.named_parameters()) | dict(copied.named_buffers())
+    found = False
+    for name, tensor in (dict(candidate.named_parameters()) | dict(candidate.named_buffers())).items():
+        if not tensor.is_floating_point():
+            continue
+        same = reference.get(name)
+        if same is None or same.shape != tensor.shape:
+            same = known.get(_fingerprint(tensor))
+        changed = torch.ones_like(tensor, dtype=torch.bool) if same is None else tensor != same.to(tensor.device)
+        if not bool(changed.any()):
+            continue
+        found = True
+        target = targets[name]
+        target.data += torch.where(changed, _rounding(target.data, dtype, generator), 0.0)
+    return copied if found else None
+
+
+def rounding_failures(candidate: Any, candidate_float64: nn.Module) -> tuple[str, ...]:
+    """Sentences on weights of `candidate` that are not the float64 ones rounded once to its dtype (one ULP is allowed)."""
+    if not isinstance(candidate, nn.Module):
+        return ()
+    exact = dict(candidate_float64.named_parameters()) | dict(candidate_float64.named_buffers())
+    failures = []
+    for name, tensor in (dict(candidate.named_parameters()) | dict(candidate.named_buffers())).items():
+        wanted = exact.pop(name, None)
+        if wanted is None or wanted.shape != tensor.shape:
+            failures.append(f"weight {name} has no counterpart of its shape in the float64 candidate")
+        elif tensor.is_floating_point():
+            rounded, info = wanted.detach().to(tensor), torch.finfo(tensor.dtype)
+            close = (tensor == rounded) | (
+                (tensor - rounded).abs() <= info.eps * rounded.abs() + info.smallest_normal * info.eps
+            )
+            if not bool(close.all()):
+                count = int((~close).sum())
+                failures.append(
+                    f"weight {name} is not the float64 weight rounded: {count} of {tensor.numel()} elements"
+                )
+    return tuple(failures)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
+
+
+def _rounding(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    info = torch.finfo(dtype)
+    signs = torch.randint(0, 2, weight.shape, generator=generator).mul_(2).sub_(1).to(weight)
+    size = weight.abs()
+    if weight.dim() == 1:
+        size = torch.hypot(size, size.square().mean().sqrt())
+    elif weight.dim() > 1:
+        shape = [weight.shape[0]] + [1] * (weight.dim() - 1)
+        signs += torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).to(weight)
+    # Below the smallest normal number the spacing is constant.
+    step = (size * (info.eps / 2)).clamp_min(info.tiny * info.eps / 2)
+    return signs * step
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[torch.Size, float, float]:
+    values = tensor.detach().double()
+    total, size = float(values.sum()), float(values.abs().sum())
+    return tensor.shape, total if math.isfinite(total) else 0.0, size if math.isfinite(size) else -1.0
+
+
+def _device(model: Callable[..., Any]) -> torch.device | None:
+    """The device of a module's first tensor; None for other callables and modules without tensors."""
+    if not isinstance(model, nn.Module):
+        return None
+    tensors: Iterator[torch.Tensor] = iter((*model.parameters(), *model.buffers()))
+    first = next(tensors, None)
+    return None if first is None else first.device
+
+
+@contextmanager
+def _all_in(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, tensors made without a dtype are `dtype`, and casts to a narrower dtype are casts to this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _Casts(dtype):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Casts(TorchFunctionMode):
+    """Turns `x.float()`, `x.to(torch.float16)`, `zeros(..., dtype=torch.float32)`, ... into the same in one wide dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.methods = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.methods:
+            return args[0].to(self.dtype)
+        args = tuple(self._wide(value) for value in args)
+        return func(*args, **{key: self._wide(value) for key, value in (kwargs or {}).items()})
+
+    def _wide(self, value: Any) -> Any:
+        return self.dtype if isinstance(value, torch.dtype) and value in _NARROW else value

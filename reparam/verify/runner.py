@@ -1,0 +1,243 @@
+"""`verify`: runs original and candidate on every case of a level, and gathers the verdict.
+
+What a forward pass costs is counted in float64 forward passes of the original on the example inputs: one pass of either
+model costs the number of input elements over the example's, half of that in a narrower dtype (half the bytes, twice the
+lanes). The candidate counts like the original, though a fused one is cheaper. `standard` stays within `BUDGET` of them:
+a case that no longer fits is asked the numeric question only, which needs fewer passes, or left out with a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from reparam.errors import InputError
+from reparam.inputs import ExampleInputs, Inputs
+from reparam.verify.cases import Case, Slot, plan
+from reparam.verify.comparison import CaseResult, Comparison
+from reparam.verify.gather import Ran, gather
+from reparam.verify.measure import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs, measure
+from reparam.verify.outputs import Flat
+from reparam.verify.precision import (
+    deployment_dtype,
+    disturbed,
+    first_line,
+    private_copy,
+    rounding_failures,
+    run,
+)
+
+BUDGET = 10.0
+_NARROW_COST = 0.5
+
+
+def verify(
+    original: nn.Module,
+    candidate: nn.Module | Callable[..., Any],
+    example_inputs: ExampleInputs,
+    *,
+    level: str = "standard",
+    seed: int = 0,
+    noise_factor: float = NOISE_FACTOR,
+    algebra_tolerance: float = ALGEBRA_TOLERANCE,
+    candidate_float64: nn.Module | None = None,
+    check_dtypes: bool = True,
+    check_structure: bool = True,
+) -> Comparison:
+    """Whether `candidate` computes what `original` computes, judged against the original's own rounding noise.
+
+    Two questions, kept apart. *Algebra*: both run in float64 and agree to `algebra_tolerance`, scaled per tensor and per
+    channel. *Numeric*: in the deployment dtype, the candidate's error against the float64 truth is at most
+    `noise_factor` times the original's own, by the rule in `reparam.verify.judge`. A candidate that is no `nn.Module`
+    (a runtime session) is asked the second question only. The caller's modules are never changed or run.
+
+    Args:
+        original: the reference; run in eval mode.
+        candidate: a module, or a callable with the same signature.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        level: `quick` runs the example inputs alone; `standard` also other batch and image sizes, random inputs, borders
+            and constants, within ten forward passes of the original in float64; `thorough` more of each, without a bound.
+        seed: of the drawn inputs and of the models' own random numbers.
+        noise_factor: multiple of the original's noise that the candidate may show.
+        algebra_tolerance: scaled float64 difference that is allowed.
+        candidate_float64: the candidate before its weights were rounded to the deployment dtype. With it the algebra is
+            held to `algebra_tolerance` alone, and the candidate's weights must be its weights rounded once. Without it a
+            candidate in a narrower dtype is also allowed what rounding its changed weights explains.
+        check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
+
+    Raises:
+        InputError: the level does not exist, the original cannot run on the example inputs, or a module cannot be copied.
+    """
+    inputs = Inputs.of(example_inputs)
+    dtype = deployment_dtype(original, inputs)
+    rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure)
+    session = _session(original, candidate, candidate_float64, rules, seed)
+    failures = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
+    ran = []
+    for slot in plan(inputs, level, seed):
+        ran.append(_run_slot(session, slot, BUDGET if level == "standard" else float("inf")))
+    return gather(
+        ran,
+        rules,
+        asked_algebra=session.candidate64 is not None and isinstance(candidate, nn.Module),
+        failures=failures,
+        notes=tuple(session.notes),
+        level=level,
+        seed=seed,
+    )
+
+
+@dataclass
+class _Session:
+    """Private copies of the models, and what has been spent. `candidate64` is None once the algebra cannot be asked."""
+
+    rules: Rules
+    seed: int
+    original64: nn.Module
+    original: nn.Module | None
+    noise: nn.Module | None
+    candidate: Callable[..., Any]
+    candidate64: Callable[..., Any] | None
+    rounded64: nn.Module | None
+    spent: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+class _Refused(Exception):
+    """The original itself cannot run a case."""
+
+
+def _session(
+    original: nn.Module, candidate: Callable[..., Any], candidate_float64: nn.Module | None, rules: Rules, seed: int
+) -> _Session:
+    wide = rules.dtype == torch.float64
+    module = candidate if isinstance(candidate, nn.Module) else None
+    session = _Session(
+        rules,
+        seed,
+        original64=private_copy(original, "original", torch.float64),
+        original=None if wide else private_copy(original, "original"),
+        noise=private_copy(original, "original", torch.float32) if wide else None,
+        candidate=candidate if module is None else private_copy(module, "candidate"),
+        candidate64=None,
+        rounded64=None,
+    )
+    if wide:
+        session.candidate64 = session.candidate
+    elif candidate_float64 is not None:
+        session.candidate64 = private_copy(candidate_float64, "candidate", torch.float64)
+    elif module is not None:
+        session.candidate64 = private_copy(module, "candidate", torch.float64)
+        session.rounded64 = disturbed(module, original, rules.dtype, seed)
+    return session
+
+
+def _run_slot(session: _Session, slot: Slot, budget: float) -> Ran:
+    """The first alternative that the original can run; the reasons against the others become notes."""
+    notes: list[str] = []
+    for case in slot:
+        full, numeric = _price(session, case, True), _price(session, case, False)
+        algebra = case.seed is None or session.spent + full <= budget
+        if not algebra and session.spent + numeric > budget:
+            notes.append(f"{case.name}: left out, the budget of {budget:g} forward passes would be exceeded")
+            continue
+        before = session.spent
+        try:
+            ran = _run_case(session, case, algebra)
+        except _Refused as reason:
+            if case.seed is None:
+                raise InputError(
+                    f"the original cannot run on the example inputs ({reason}); check their shapes and dtypes"
+                ) from reason
+            notes.append(f"{case.name}: the original itself cannot run it ({reason})")
+            continue
+        if not algebra and session.candidate64 is not None:
+            notes.append(f"{case.name}: run in the deployment dtype only, to stay within the budget")
+        result = replace(ran.result, notes=(*notes, *ran.result.notes), cost=session.spent - before)
+        return replace(ran, result=result)
+    last = slot[-1]
+    return Ran(CaseResult(last.name, last.seed, last.shapes, "skipped", notes=tuple(notes)))
+
+
+def _price(session: _Session, case: Case, algebra: bool) -> float:
+    """What a case costs."""
+    if session.rules.dtype == torch.float64:
+        return case.relative_size * (2.0 + _NARROW_COST)
+    wide = 1 + (0 if not algebra else (session.candidate64 is not None) + (session.rounded64 is not None))
+    return case.relative_size * (wide + 2 * _NARROW_COST)
+
+
+def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
+    """Runs one case.
+
+    Raises:
+        _Refused: the original cannot run it.
+    """
+    truth, original, noise = _run_original(session, case)
+    result = CaseResult(case.name, case.seed, case.shapes, "failed")
+    candidate64: Flat | None = None
+    try:
+        candidate = _call(session, session.candidate, case, None)
+    except Exception as error:
+        sentence = f"the candidate cannot run it, the original can ({first_line(error)})"
+        return Ran(replace(result, failures=(sentence,)), truth)
+    rounded64: Flat | None = None
+    if session.rules.dtype == torch.float64:
+        candidate64 = candidate
+    elif algebra and session.candidate64 is not None:
+        candidate64, rounded64 = _run_float64(session, case)
+    runs = Runs(
+        truth,
+        truth if original is None else original,
+        candidate,
+        candidate64,
+        rounded64,
+        noise,
+        None if noise is None else torch.float32,
+    )
+    measured, failures = measure(runs, session.rules)
+    return Ran(replace(result, failures=failures), truth, measured)
+
+
+def _run_original(session: _Session, case: Case) -> tuple[Flat, Flat | None, Flat | None]:
+    """Truth, deployment run (None if it is the truth), and the run that shows the noise of a float64 model."""
+    try:
+        original = None if session.original is None else _call(session, session.original, case, None)
+        truth = _call(session, session.original64, case, torch.float64)
+    except Exception as error:
+        raise _Refused(first_line(error)) from error
+    noise = None
+    if session.noise is not None:
+        try:
+            noise = _call(session, session.noise, case, torch.float32)
+        except Exception as error:
+            session.notes.append(f"no float32 run to estimate the rounding noise from ({first_line(error)})")
+            session.noise = None
+    return truth, original, noise
+
+
+def _run_float64(session: _Session, case: Case) -> tuple[Flat | None, Flat | None]:
+    """The candidate in float64, and with its changed weights disturbed; if that cannot run, the algebra is dropped."""
+    assert session.candidate64 is not None
+    try:
+        exact = _call(session, session.candidate64, case, torch.float64)
+        rounded = None
+        if session.rounded64 is not None:
+            rounded = _call(session, session.rounded64, case, torch.float64)
+    except Exception as error:
+        session.notes.append(
+            f"the candidate does not run in float64, so the algebra is not asked ({first_line(error)})"
+        )
+        session.candidate64 = session.rounded64 = None
+        return None, None
+    return exact, rounded
+
+
+def _call(session: _Session, model: Callable[..., Any], case: Case, dtype: torch.dtype | None) -> Flat:
+    wide = session.rules.dtype == torch.float64 if dtype is None else dtype == torch.float64
+    session.spent += case.relative_size * (1.0 if wide else _NARROW_COST)
+    return run(model, case.inputs, seed=session.seed, dtype=dtype)
