@@ -1,0 +1,152 @@
+"""timm models with random weights and lively BatchNorm statistics: for tests, tools and benchmarks, never the product.
+
+Importing timm imports torchvision, which registers fake kernels for its compiled operators while it is imported. Where
+torchvision's compiled part cannot be loaded (a wheel built for CUDA beside a CPU-only torch) those operators do not
+exist and the import fails. `torch.library.register_fake` is therefore wrapped during that one import, so that a missing
+operator is skipped, and is put back afterwards; nothing stays patched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+CALIBRATION_FORWARDS = 2
+CALIBRATION_BATCH = 4
+
+
+@contextlib.contextmanager
+def _missing_operators_are_skipped() -> Iterator[None]:
+    """While active, registering a fake kernel for an operator that does not exist is a no-op."""
+    original = torch.library.register_fake
+
+    def register_fake(op: Any, *args: Any, **kwargs: Any) -> Any:
+        registration = original(op, *args, **kwargs)
+        if not callable(registration) or args or "func" in kwargs:
+            return registration
+
+        def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
+            try:
+                registration(kernel)
+            except RuntimeError as error:
+                if "does not exist" not in str(error):
+                    raise
+            return kernel
+
+        return decorate
+
+    torch.library.register_fake = register_fake
+    try:
+        yield
+    finally:
+        torch.library.register_fake = original
+
+
+def import_torchvision() -> ModuleType:
+    """Imports and returns torchvision, whether or not its compiled operators can be loaded."""
+    with _missing_operators_are_skipped():
+        return importlib.import_module("torchvision")
+
+
+def import_timm() -> ModuleType:
+    """Imports and returns timm, whether or not torchvision's compiled operators can be loaded."""
+    import_torchvision()
+    return importlib.import_module("timm")
+
+
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [child for child in module.modules() if isinstance(child, _BatchNorm)]
+
+
+@torch.no_grad()
+def randomise_batch_norms(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every BatchNorm in `module` random statistics and affine parameters, in place, and returns `module`.
+
+    The defaults (mean 0, variance 1, gamma 1, beta 0) hide most errors a fold can make. Drawn are: running_mean from
+    N(0, 0.1), running_var from U(0.5, 1.5), gamma from U(0.5, 1.5) with one in eight negative, beta from N(0, 0.1).
+    What a BatchNorm does not have (`affine=False`, `track_running_stats=False`) is left out. dtypes and devices stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: torch.Tensor) -> torch.Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5
+
+    def normal(like: torch.Tensor, scale: float = 0.1) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64) * scale
+
+    for norm in _batch_norms(module):
+        if norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean.copy_(normal(norm.running_mean))
+            norm.running_var.copy_(uniform(norm.running_var))
+        if norm.affine:
+            negative = torch.rand(norm.weight.shape, generator=generator) < 0.125
+            gamma = uniform(norm.weight)
+            norm.weight.copy_(torch.where(negative, -gamma, gamma))
+            norm.bias.copy_(normal(norm.bias))
+    return module
+
+
+@torch.no_grad()
+def _calibrate(model: nn.Module, shape: tuple[int, int, int], seed: int) -> None:
+    """Sets running statistics to those of random inputs, then jitters them, so that deep models stay in range.
+
+    Only the BatchNorms run in training mode: with dropout or stochastic depth active, the statistics would be those of
+    another model.
+    """
+    norms = [norm for norm in _batch_norms(model) if norm.running_mean is not None]
+    if not norms:
+        return
+    generator = torch.Generator().manual_seed(seed + 1)
+    model.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the calibration batches
+        norm.train()
+    try:
+        for _ in range(CALIBRATION_FORWARDS):
+            model(torch.randn(CALIBRATION_BATCH, *shape, generator=generator))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+    for norm in norms:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        jitter = torch.randn(norm.running_mean.shape, generator=generator) * 0.1
+        norm.running_mean.add_(jitter * norm.running_var.sqrt())
+        # The floor keeps channels that are constant under random inputs from blowing the model up.
+        norm.running_var.clamp_(min=1e-3).mul_(0.8 + 0.4 * torch.rand(norm.running_var.shape, generator=generator))
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of one image for a timm `model`, from its configuration."""
+    config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} carries no timm configuration, so its input size is not known.")
+    channels, height, width = config["input_size"] if isinstance(config, dict) else config.input_size
+    return int(channels), int(height), int(width)
+
+
+def create(name: str, *, seed: int = 0, **kwargs: Any) -> nn.Module:
+    """The timm model `name` in eval mode, with random weights, randomised and then calibrated BatchNorms.
+
+    Args:
+        name: timm's model name.
+        seed: decides every weight and statistic; the global random state is left as it was.
+        kwargs: go to `timm.create_model`; `pretrained` is always False.
+    """
+    timm = import_timm()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
+        randomise_batch_norms(model, seed)
+        _calibrate(model, input_size(model), seed)
+    return model.eval()
