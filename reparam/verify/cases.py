@@ -205,7 +205,7 @@ def _tiny(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generat
 
 
 def _borders(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """A constant per channel at the borders, an impulse in the middle, zero elsewhere; noise where there are no borders."""
+    """A constant per channel at the borders, an impulse in the middle, zero elsewhere; noise without borders."""
     if len(shape) < 3:
         return torch.randn(shape, generator=generator)
     image = torch.zeros(shape)
@@ -213,8 +213,10 @@ def _borders(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Gene
     for axis in range(2, len(shape)):
         for end in (0, shape[axis] - 1):
             image.movedim(axis, 0)[end] = constant.reshape(constant.shape + (1,) * (len(shape) - 3))
-    middle = (slice(None), slice(None), *(size // 2 for size in shape[2:]))
-    image[middle] = torch.randn(shape[:2], generator=generator)
+    middle = image
+    for _ in shape[2:]:
+        middle = middle.select(2, middle.shape[2] // 2)
+    middle.copy_(torch.randn(shape[:2], generator=generator))
     return image
 
 

@@ -34,7 +34,7 @@ class OutputComparison:
         snr_db: 20 log10(RMS of the truth / RMS of the error); infinite where they are equal.
         max_ulp: largest error in units in the last place of the truth's value in the output's dtype.
         top1_agreement: share of rows with the original's arg-max, where the output is [N, C] with C >= 2.
-        tolerance: smallest t with |candidate - original| <= t + t * |original| everywhere, both in the deployment dtype.
+        tolerance: smallest t with |candidate - original| <= t + t * |original| everywhere, both as deployed.
         worst_index: index of the element with the largest absolute error.
         worst_location: whether that lies at a border of the dims behind batch and channel.
         failures: sentences; empty if the output passed.
@@ -94,7 +94,7 @@ class CaseResult:
 
     Attributes:
         name: what the inputs are (`example`, `random normal`, ...).
-        seed: of the generator that drew the inputs, None where nothing was drawn; and of the models' own random numbers.
+        seed: of the generator that drew the inputs; None where nothing was drawn.
         shapes: of the input tensors, in order.
         status: `skipped` if the original itself cannot run the case or the budget is spent (the notes say which);
             `no evidence` if both models gave the same non-finite values, or nothing could be told from the noise.

@@ -65,13 +65,18 @@ def gather(
 
 
 def _typical_noise(ran: Iterable[Ran]) -> dict[str, float]:
-    """Median over the cases of each output's noise over its RMS: one lucky case does not set the bar for itself."""
-    seen: dict[str, list[float]] = {}
+    """Median over the cases of the noise each output is allowed, over its RMS: one lucky case does not set its own bar.
+
+    Where there are cases in which the cost of rounding the candidate's weights was measured, only those count.
+    """
+    seen: dict[tuple[str, bool], list[float]] = {}
     for one in ran:
         for measured in one.measured:
-            if measured.numeric is not None and math.isfinite(measured.figures.original_noise):
-                seen.setdefault(measured.figures.name, []).append(measured.figures.original_noise)
-    return {name: statistics.median_low(values) for name, values in seen.items()}
+            if measured.numeric is not None and measured.truth is not None and measured.truth.rms > 0.0:
+                key = (measured.figures.name, measured.algebra is not None)
+                seen.setdefault(key, []).append(measured.numeric[1].rms / measured.truth.rms)
+    names = {name for name, _ in seen}
+    return {name: statistics.median_low(seen.get((name, True)) or seen[name, False]) for name in names}
 
 
 def _judged(ran: Ran, rules: Rules, typical: dict[str, float]) -> CaseResult:

@@ -1,14 +1,14 @@
 """When is an error too large? One rule for both questions: error <= factor * luck * noise + floor * scale.
 
 The three tensors are compared as `Spread`s: RMS and peak of the whole and of every slice along every axis, so that
-neither a huge channel hides a fault in another one, nor a large interior a fault at the border. What is held against what:
+neither a huge channel hides a fault in another one, nor a large interior a fault at the border. Held against its bar is
 
 * the whole tensor by RMS, with the stated factor;
 * each slice by RMS and by peak, with the factor times what chance alone does to the largest of many slices.
 
 `luck` is 1 for many independent values and grows where the comparison has few: the logarithm of the ratio of two RMS
-values of m normal samples each has standard deviation 1/sqrt(m) (Fisher 1924); three of those are allowed. The number of
-samples is the number of distinct values, because a constant input makes all positions of a channel one sample.
+values of m normal samples each has standard deviation 1/sqrt(m) (Fisher 1924); three of those are allowed. Samples are
+counted as distinct values, because a constant input makes all positions of a channel one sample.
 
 A slice whose own noise is small by luck, or because its values cancel to nearly nothing, is granted the noise that is
 typical of its peers: the median of noise over scale, times its own scale, and the lower quartile of noise. Both are
@@ -25,8 +25,10 @@ import torch
 # Deviations of log(RMS ratio) that are put down to chance; the factor 2 on top makes a false alarm rarer still.
 LUCK_DEVIATIONS = 3.0
 # A value is stored with half a ULP of error, and folding rounds one weight and one bias once, each half a ULP of the
-# terms that are summed; the original may have none of the three (it can be exact). Twice their sum, 3/2 ULP, rounded up.
+# terms that are summed; the original may have none of the three (it can be exact). Twice their sum of 3/2, rounded up.
 FLOOR_ULPS = 4.0
+# Multiple of the original's noise up to which the rounding of the candidate's own weights is excused.
+MAX_WEIGHT_ROUNDING = 4.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class Spread:
         slices = tuple((a_rms + b_rms, a_peak + b_peak) for (a_rms, a_peak), (b_rms, b_peak) in pairs)
         return Spread(self.rms + other.rms, self.peak + other.peak, slices)
 
+    def larger(self, other: Spread) -> Spread:
+        """The larger of both, slice by slice."""
+        pairs = zip(self.slices, other.slices, strict=True)
+        slices = tuple((torch.maximum(a[0], b[0]), torch.maximum(a[1], b[1])) for a, b in pairs)
+        return Spread(max(self.rms, other.rms), max(self.peak, other.peak), slices)
+
 
 def spread(values: torch.Tensor) -> Spread:
     """The spread of a float64 tensor of any shape with at least one element."""
@@ -64,6 +72,17 @@ def spread(values: torch.Tensor) -> Spread:
         rms = (square.mean(others) if others else square).sqrt()
         slices.append((rms, magnitude.amax(others) if others else magnitude))
     return Spread(math.sqrt(float(square.mean())), float(magnitude.max()), tuple(slices))
+
+
+def with_weight_rounding(noise: Spread, rounding: Spread, truth: Spread, eps: float) -> Spread:
+    """The original's noise, or what rounding the candidate's changed weights once explains, whichever is larger.
+
+    Rounded weights are wrong in the same way at every position, so where a network averages they cost more than the
+    rounding of activations does. No candidate can avoid that; but one whose weights lose more than
+    `MAX_WEIGHT_ROUNDING` times the original's noise is badly conditioned, and is not excused.
+    """
+    limit = MAX_WEIGHT_ROUNDING * max(noise.rms, eps * truth.rms)
+    return noise.larger(rounding.scaled(min(1.0, limit / rounding.rms) if rounding.rms > 0.0 else 1.0))
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,7 @@ def judge(
 
 
 def effective_scale(truth: torch.Tensor, noise: torch.Tensor, factor: float, floor: float) -> torch.Tensor:
-    """Scale of each slice by which an error is divided so that `floor` is its bar: its peak, or what its noise explains."""
+    """What the error of each slice is divided by so that `floor` is its bar: its peak, or what its noise explains."""
     return torch.maximum(truth, _bars(truth, noise, factor, floor, 0.0) / floor)
 
 

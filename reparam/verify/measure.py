@@ -13,14 +13,16 @@ import torch
 
 from reparam.verify import metrics
 from reparam.verify.comparison import OutputComparison
-from reparam.verify.judge import FLOOR_ULPS, Judgement, Spread, effective_scale, judge, spread
+from reparam.verify.judge import FLOOR_ULPS, Judgement, Spread, effective_scale, judge, spread, with_weight_rounding
 from reparam.verify.outputs import Flat, flatten, renamed, structure_failures
 
 ALGEBRA_TOLERANCE = 1e-10
 NOISE_FACTOR = 2.0
-# Unit roundoffs differ between dtypes by powers of two; rounding noise scales with them. The factor allows for the order
-# of summation, which differs more between float64 kernels than between the passes of one dtype.
+# Rounding noise scales with a dtype's unit roundoff; the factor allows for kernels of two dtypes summing in different
+# orders.
 _NOISE_MARGIN = 8.0
+# The disturbed weights are wrong by whole units of roundoff, twice; weights rounded once are wrong by a third of that.
+PROBE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Runs:
         truth: the original in float64.
         original, candidate: in the deployment dtype.
         candidate64: the candidate in float64; None if the algebra is not asked.
-        rounded64: the candidate in float64 with its changed weights disturbed by a rounding; None if they are exact.
+        rounded64: the candidate in float64 with its changed weights disturbed by a rounding, to see what that costs;
+            None if none were changed.
+        algebra_is_exact: whether `candidate64` has unrounded weights, so that the algebra needs no allowance for that.
         noise: the original in `noise_dtype`, where the deployment dtype is float64 and shows no noise of its own.
     """
 
@@ -60,6 +64,7 @@ class Runs:
     rounded64: Flat | None = None
     noise: Flat | None = None
     noise_dtype: torch.dtype | None = None
+    algebra_is_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,8 @@ def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputCom
             )
     return replace(
         figures,
-        numeric_ratio=numeric and numeric.ratio,
-        algebra_ratio=algebra and algebra.ratio,
+        numeric_ratio=None if numeric is None else numeric.ratio,
+        algebra_ratio=None if algebra is None else algebra.ratio,
         failures=tuple(failures),
     )
 
@@ -232,14 +237,21 @@ def _measure_floats(
     # Dividing by the scale first keeps squares in range; ratios do not notice.
     unit = float(t.abs().max()) or 1.0
     s_truth, s_noise = spread(t / unit), spread(noise / unit)
-    numeric = None if rules.dtype == torch.float64 else (spread((c - t) / unit), s_noise)
-    algebra = None
+    s_rounding = None if rounding is None else spread(rounding / unit)
+    numeric = algebra = None
+    if rules.dtype != torch.float64:
+        allowed = s_noise
+        if s_rounding is not None:
+            share = 1.0 if runs.algebra_is_exact else PROBE_SHARE
+            allowed = with_weight_rounding(s_noise, s_rounding.scaled(share), s_truth, torch.finfo(dtype).eps)
+        numeric = (spread((c - t) / unit), allowed)
     if c64 is not None:
-        s_exact = s_noise.scaled(_NOISE_MARGIN * small)
-        s_error = spread((c64 - t) / unit)
-        s_rounding = s_exact if rounding is None else s_exact.plus(spread(rounding / unit))
-        algebra = (s_error, s_rounding)
-        figures = replace(figures, **_algebra_errors(s_error, s_exact, s_truth, rules))
+        s_exact, s_error = s_noise.scaled(_NOISE_MARGIN * small), spread((c64 - t) / unit)
+        inexact = s_rounding is not None and not runs.algebra_is_exact
+        algebra = (s_error, s_exact.plus(s_rounding) if s_rounding is not None and inexact else s_exact)
+        per_channel = _per_channel(s_error, s_exact, s_truth, rules)
+        per_tensor = metrics.relative(s_error.peak, s_truth.peak)
+        figures = replace(figures, algebra_per_tensor=per_tensor, algebra_per_channel=per_channel)
     samples = metrics.distinct(t, dtype)
     return Measured(figures, s_truth, numeric, algebra, samples, dtype, shared)
 
@@ -252,7 +264,7 @@ def _measure_exact(
     runs: Runs,
     rules: Rules,
 ) -> Measured:
-    """Integers and booleans: equal to the truth, but for as many ties as rounding breaks in the original (times the factor)."""
+    """Integers and booleans: equal to the truth, but for a multiple of the ties that rounding breaks in the original."""
     t, o, c = _double(truth), _double(original), _double(candidate)
     wrong, own, failures = int((c != t).sum()), int((o != t).sum()), []
     if wrong > rules.noise_factor * own and bool((c != o).any()):
@@ -286,13 +298,13 @@ def _fill(
     )
 
 
-def _algebra_errors(error: Spread, noise: Spread, truth: Spread, rules: Rules) -> dict[str, float]:
-    per_channel = 0.0
+def _per_channel(error: Spread, noise: Spread, truth: Spread, rules: Rules) -> float:
+    """Largest error of a slice over its own scale, over all slices of all axes."""
+    worst = 0.0
     for (_, errors), (_, noises), (_, truths) in zip(error.slices, noise.slices, truth.slices, strict=True):
         scale = effective_scale(truths, noises, rules.noise_factor, rules.algebra_tolerance)
-        ratios = torch.where(errors == 0, torch.zeros_like(errors), errors / scale)
-        per_channel = max(per_channel, float(ratios.max()))
-    return {"algebra_per_tensor": metrics.relative(error.peak, truth.peak), "algebra_per_channel": per_channel}
+        worst = max(worst, float(torch.where(errors == 0, torch.zeros_like(errors), errors / scale).max()))
+    return worst
 
 
 def _nonfinite(

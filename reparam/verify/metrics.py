@@ -1,4 +1,4 @@
-"""Error metrics between two tensors, in float64. Pure functions; every tensor is finite float64 unless said otherwise."""
+"""Error metrics between two tensors. Pure functions; every tensor is finite and float64 unless said otherwise."""
 
 from __future__ import annotations
 
@@ -95,4 +95,4 @@ def distinct(values: torch.Tensor, dtype: torch.dtype) -> int:
     flat = flat[:: max(1, flat.numel() // _MAX_COUNTED)]
     # Rounding first: equal values computed at different positions may differ in float64's last bits.
     coarse = dtype if torch.finfo(dtype).bits < 64 else torch.float32
-    return int(flat.to(coarse).double().unique().numel())
+    return int(torch.unique(flat.to(coarse).double()).numel())

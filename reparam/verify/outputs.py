@@ -1,4 +1,4 @@
-"""What a model returns, flattened: every leaf with the name a user would write for it, and the containers around them."""
+"""What a model returns, flattened: every leaf with the name a user would write for it, and the containers around."""
 
 from __future__ import annotations
 

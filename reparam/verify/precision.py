@@ -6,10 +6,10 @@ state is the same after a call as before it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def deployment_dtype(module: nn.Module, inputs: Inputs) -> torch.dtype:
 
 
 def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """A deep copy in eval mode; with `dtype` (float64 or float32), floating-point weights and tensor attributes cast to it.
+    """A deep copy in eval mode; with `dtype` (float64 or float32), floating-point weights and attributes cast to it.
 
     Raises:
         InputError: the module cannot be copied.
@@ -46,10 +46,9 @@ def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None)
         duplicate = copy.deepcopy(module)
     except Exception as error:
         raise InputError(f"the {what} cannot be copied, so it cannot be verified ({first_line(error)})") from error
-    try:
+    # An exported program's module has no modes: what it does was fixed when it was exported.
+    with contextlib.suppress(NotImplementedError):
         duplicate.eval()
-    except NotImplementedError:
-        pass  # an exported program's module has no modes: what it does was fixed when it was exported
     if dtype is not None:
         duplicate.double() if dtype == torch.float64 else duplicate.float()
         for part in duplicate.modules():
@@ -83,8 +82,8 @@ def disturbed(candidate: nn.Module, original: nn.Module, dtype: torch.dtype, see
     """A float64 copy of `candidate` whose changed weights are wrong by about what arithmetic in `dtype` makes them.
 
     A weight that folding has changed and rounded is known only to a unit roundoff u; folding in `dtype` itself rounds
-    the factor of a whole channel as well, and a bias by u of the terms that cancelled in it. Each changed element moves by
-    +-u of itself (of the RMS of the tensor for vectors), and each slice along dim 0 by +-u. An element that stands
+    the factor of a whole channel as well, and a bias by u of the terms that cancelled in it. Each changed element moves
+    by +-u of itself (of the RMS of the tensor for vectors), and each slice along dim 0 by +-u. An element that stands
     unchanged in the original has no such excuse and stays.
 
     Returns:
@@ -112,7 +111,7 @@ def disturbed(candidate: nn.Module, original: nn.Module, dtype: torch.dtype, see
 
 
 def rounding_failures(candidate: Any, candidate_float64: nn.Module) -> tuple[str, ...]:
-    """Sentences on weights of `candidate` that are not the float64 ones rounded once to its dtype (one ULP is allowed)."""
+    """Sentences on weights of `candidate` that are not the float64 ones rounded to its dtype (one ULP is allowed)."""
     if not isinstance(candidate, nn.Module):
         return ()
     exact = dict(candidate_float64.named_parameters()) | dict(candidate_float64.named_buffers())
@@ -169,7 +168,7 @@ def _device(model: Callable[..., Any]) -> torch.device | None:
     return None if first is None else first.device
 
 
-@contextmanager
+@contextlib.contextmanager
 def _all_in(dtype: torch.dtype) -> Iterator[None]:
     """Inside, tensors made without a dtype are `dtype`, and casts to a narrower dtype are casts to this one."""
     before = torch.get_default_dtype()
@@ -182,7 +181,7 @@ def _all_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Casts(TorchFunctionMode):
-    """Turns `x.float()`, `x.to(torch.float16)`, `zeros(..., dtype=torch.float32)`, ... into the same in one wide dtype."""
+    """Turns `x.float()`, `x.to(torch.float16)`, `zeros(..., dtype=torch.float32)` into the same in one wide dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

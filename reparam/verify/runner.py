@@ -50,8 +50,8 @@ def verify(
 ) -> Comparison:
     """Whether `candidate` computes what `original` computes, judged against the original's own rounding noise.
 
-    Two questions, kept apart. *Algebra*: both run in float64 and agree to `algebra_tolerance`, scaled per tensor and per
-    channel. *Numeric*: in the deployment dtype, the candidate's error against the float64 truth is at most
+    Two questions, kept apart. *Algebra*: both run in float64 and agree to `algebra_tolerance`, scaled per tensor and
+    per channel. *Numeric*: in the deployment dtype, the candidate's error against the float64 truth is at most
     `noise_factor` times the original's own, by the rule in `reparam.verify.judge`. A candidate that is no `nn.Module`
     (a runtime session) is asked the second question only. The caller's modules are never changed or run.
 
@@ -59,18 +59,20 @@ def verify(
         original: the reference; run in eval mode.
         candidate: a module, or a callable with the same signature.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        level: `quick` runs the example inputs alone; `standard` also other batch and image sizes, random inputs, borders
-            and constants, within ten forward passes of the original in float64; `thorough` more of each, without a bound.
+        level: `quick` runs the example inputs alone; `standard` also other batch and image sizes, random inputs,
+            borders and constants, within ten forward passes of the original in float64; `thorough` more of each,
+            without a bound.
         seed: of the drawn inputs and of the models' own random numbers.
         noise_factor: multiple of the original's noise that the candidate may show.
         algebra_tolerance: scaled float64 difference that is allowed.
-        candidate_float64: the candidate before its weights were rounded to the deployment dtype. With it the algebra is
-            held to `algebra_tolerance` alone, and the candidate's weights must be its weights rounded once. Without it a
-            candidate in a narrower dtype is also allowed what rounding its changed weights explains.
+        candidate_float64: the candidate before its weights were rounded to the deployment dtype. With it the algebra
+            is held to `algebra_tolerance` alone, and the candidate's weights must be its weights rounded once.
+            Without it a candidate in a narrower dtype is also allowed what rounding its changed weights explains.
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
 
     Raises:
-        InputError: the level does not exist, the original cannot run on the example inputs, or a module cannot be copied.
+        InputError: the level does not exist, the original cannot run on the example inputs, or a module cannot be
+            copied.
     """
     inputs = Inputs.of(example_inputs)
     dtype = deployment_dtype(original, inputs)
@@ -103,11 +105,12 @@ class _Session:
     candidate: Callable[..., Any]
     candidate64: Callable[..., Any] | None
     rounded64: nn.Module | None
+    exact: bool = False
     spent: float = 0.0
     notes: list[str] = field(default_factory=list)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The original itself cannot run a case."""
 
 
@@ -130,6 +133,13 @@ def _session(
         session.candidate64 = session.candidate
     elif candidate_float64 is not None:
         session.candidate64 = private_copy(candidate_float64, "candidate", torch.float64)
+        session.exact = True
+        # With both at hand, what rounding costs is measured and not estimated.
+        session.rounded64 = (
+            disturbed(candidate_float64, original, rules.dtype, seed)
+            if module is None
+            else private_copy(module, "candidate", torch.float64)
+        )
     elif module is not None:
         session.candidate64 = private_copy(module, "candidate", torch.float64)
         session.rounded64 = disturbed(module, original, rules.dtype, seed)
@@ -148,7 +158,7 @@ def _run_slot(session: _Session, slot: Slot, budget: float) -> Ran:
         before = session.spent
         try:
             ran = _run_case(session, case, algebra)
-        except _Refused as reason:
+        except _RefusedError as reason:
             if case.seed is None:
                 raise InputError(
                     f"the original cannot run on the example inputs ({reason}); check their shapes and dtypes"
@@ -175,7 +185,7 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
     """Runs one case.
 
     Raises:
-        _Refused: the original cannot run it.
+        _RefusedError: the original cannot run it.
     """
     truth, original, noise = _run_original(session, case)
     result = CaseResult(case.name, case.seed, case.shapes, "failed")
@@ -198,6 +208,7 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
         rounded64,
         noise,
         None if noise is None else torch.float32,
+        session.exact,
     )
     measured, failures = measure(runs, session.rules)
     return Ran(replace(result, failures=failures), truth, measured)
@@ -209,7 +220,7 @@ def _run_original(session: _Session, case: Case) -> tuple[Flat, Flat | None, Fla
         original = None if session.original is None else _call(session, session.original, case, None)
         truth = _call(session, session.original64, case, torch.float64)
     except Exception as error:
-        raise _Refused(first_line(error)) from error
+        raise _RefusedError(first_line(error)) from error
     noise = None
     if session.noise is not None:
         try:
