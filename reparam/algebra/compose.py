@@ -1,0 +1,215 @@
+"""Composition and addition of affine maps. Each returns a map, or the `Inexact` reason why there is none.
+
+`then(f, g)`, from the definition of `f` (kernel `k1`, stride `s1`, dilation `d1`, padding `p1`) and `g`:
+
+    g(f(x))[i] = sum_{k2, k1} W2[k2] W1[k1] X[s1*s2*i + (s1*d2*k2 + d1*k1) - (s1*p2 + p1)] + b2 + sum_{k2} W2[k2] b1
+
+so strides multiply, paddings add as `s1*p2 + p1` on both sides (which keeps the output size for *every* input size,
+since `floor(floor(a/s1)/s2) = floor(a/(s1*s2))`), and the taps lie on a lattice of pitch `gcd(s1*d2, d1)`.
+
+`plus(f, g)` needs equal strides and output sizes; kernels are aligned by their offset `-p_low` and embedded in the
+smallest enclosing window. Groups become `gcd` of both and no coarser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import gcd
+
+import torch
+
+from reparam.algebra.affine import AffineMap, Geometry, Inexact
+from reparam.algebra.borders import crossing
+from reparam.algebra.deferred import Deferred
+
+
+def then(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
+    """The map `x -> g(f(x))`.
+
+    Raises:
+        ValueError: `g` does not take as many channels as `f` gives, or the ranks differ and neither is 0.
+    """
+    if f.geometry.out_channels != g.geometry.in_channels:
+        raise ValueError(f"{f.geometry.out_channels} channels do not fit a map of {g.geometry.in_channels}")
+    if f.is_identity:
+        return g
+    if g.is_identity:
+        return f
+    rank = max(f.geometry.rank, g.geometry.rank)
+    f, g = f.with_rank(rank), g.with_rank(rank)
+    inexact = crossing(f, g)
+    if inexact is not None:
+        return inexact
+    geometry = _then_geometry(f.geometry, g.geometry)
+    first, second = f.geometry, g.geometry
+    weight = Deferred(lambda w1, w2: _then_weight(first, second, geometry, w1, w2), f.weight, g.weight)
+    return AffineMap(geometry, weight, _then_bias(f, g))
+
+
+def plus(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
+    """The map `x -> f(x) + g(x)`.
+
+    Raises:
+        ValueError: the channel counts differ, or the ranks differ and neither is 0.
+    """
+    channels = (f.geometry.in_channels, f.geometry.out_channels)
+    if channels != (g.geometry.in_channels, g.geometry.out_channels):
+        raise ValueError(f"maps of {f.geometry} and {g.geometry} cannot be added")
+    rank = max(f.geometry.rank, g.geometry.rank)
+    f, g = f.with_rank(rank), g.with_rank(rank)
+    geometry = _plus_geometry(f.geometry, g.geometry)
+    if isinstance(geometry, Inexact):
+        return geometry
+    first, second = f.geometry, g.geometry
+    weight = Deferred(
+        lambda w1, w2: _embedded(first, geometry, w1) + _embedded(second, geometry, w2), f.weight, g.weight
+    )
+    return AffineMap(geometry, weight, added_bias(f.bias, g.bias))
+
+
+def regrouped(f: AffineMap, groups: int) -> AffineMap:
+    """The same map with coarser groups; `groups` must divide its own."""
+    before = f.geometry
+    geometry = replace(before, groups=groups)
+    return AffineMap(geometry, Deferred(lambda w: _regrouped_weight(w, before.groups, groups), f.weight), f.bias)
+
+
+def added_bias(a: Deferred | None, b: Deferred | None) -> Deferred | None:
+    """The sum of two biases, None standing for zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return Deferred(torch.add, a, b)
+
+
+def _then_geometry(first: Geometry, second: Geometry) -> Geometry:
+    kernel, dilation = [], []
+    for axis in range(first.rank):
+        outer = first.stride[axis] * second.dilation[axis]
+        inner = first.dilation[axis]
+        reach = outer * (second.kernel[axis] - 1) + inner * (first.kernel[axis] - 1)
+        pitch = gcd(outer if second.kernel[axis] > 1 else 0, inner if first.kernel[axis] > 1 else 0) or 1
+        kernel.append(reach // pitch + 1)
+        dilation.append(pitch)
+    padding = tuple(
+        (s * low2 + low1, s * high2 + high1)
+        for s, (low1, high1), (low2, high2) in zip(first.stride, first.padding, second.padding, strict=True)
+    )
+    return Geometry(
+        first.in_channels,
+        second.out_channels,
+        gcd(first.groups, second.groups),
+        tuple(kernel),
+        tuple(s1 * s2 for s1, s2 in zip(first.stride, second.stride, strict=True)),
+        tuple(dilation),
+        tuple(u1 * u2 for u1, u2 in zip(first.upsampling, second.upsampling, strict=True)),
+        padding,
+        second.padding_mode if second.is_padded else first.padding_mode,
+    )
+
+
+def _then_weight(
+    first: Geometry, second: Geometry, result: Geometry, w1: torch.Tensor, w2: torch.Tensor
+) -> torch.Tensor:
+    """`W[o, c, s1*d2*k2 + d1*k1] += sum_m W2[o, m, k2] W1[m, c, k1]`, blockwise over the groups."""
+    if second.groups == second.in_channels == second.out_channels and w2.numel() == second.out_channels:
+        return w1 * w2.reshape(-1, *(1,) * (w1.ndim - 1))
+    if first.groups == first.in_channels == first.out_channels and w1.numel() == first.in_channels:
+        return _scaled_columns(w2, w1.reshape(-1), second.groups)
+    groups = result.groups
+    w1 = _blocks(_regrouped_weight(w1, first.groups, groups), groups)
+    w2 = _blocks(_regrouped_weight(w2, second.groups, groups), groups)
+    flat = w1.reshape(*w1.shape[:3], -1)
+    if w2[0, 0, 0].numel() == 1:
+        product = torch.einsum("gom,gmck->gock", w2.reshape(w2.shape[:3]), flat)
+        return product.reshape(result.weight_shape)
+    out = w1.new_zeros((*w2.shape[:2], w1.shape[2], *result.kernel))
+    # The pitch divides a step or a dilation only where its kernel has more than one tap; elsewhere neither matters.
+    steps = [s * d // pitch for s, d, pitch in zip(first.stride, second.dilation, result.dilation, strict=True)]
+    inner = [max(d // pitch, 1) for d, pitch in zip(first.dilation, result.dilation, strict=True)]
+    for tap in torch.cartesian_prod(*(torch.arange(k) for k in second.kernel)).reshape(-1, second.rank).tolist():
+        window = tuple(
+            slice(step * k2, step * k2 + pitch * (k1 - 1) + 1, pitch)
+            for step, k2, pitch, k1 in zip(steps, tap, inner, first.kernel, strict=True)
+        )
+        term = torch.einsum("gom,gmck->gock", w2[(slice(None),) * 3 + tuple(tap)], flat)
+        out[(slice(None),) * 3 + window] += term.reshape((*out.shape[:3], *first.kernel))
+    return out.reshape(result.weight_shape)
+
+
+def _then_bias(f: AffineMap, g: AffineMap) -> Deferred | None:
+    if f.bias is None:
+        return g.bias
+    groups = g.geometry.groups
+
+    def carried(b1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("gom,gm->go", _blocks(w2.reshape(*w2.shape[:2], -1).sum(-1), groups), b1.reshape(groups, -1)).reshape(-1)
+
+    return added_bias(Deferred(carried, f.bias, g.weight), g.bias)
+
+
+def _plus_geometry(first: Geometry, second: Geometry) -> Geometry | Inexact:
+    if first.stride != second.stride or first.upsampling != second.upsampling:
+        return Inexact("the branches differ in stride")
+    if any(first.size_offset(axis) != second.size_offset(axis) for axis in range(first.rank)):
+        return Inexact("the branches' output sizes agree for some input sizes only")
+    modes = {geometry.padding_mode for geometry in (first, second) if geometry.is_padded}
+    if len(modes) > 1:
+        return Inexact(f"the branches pad differently ({' and '.join(sorted(modes))})")
+    kernel, dilation, padding = [], [], []
+    for axis in range(first.rank):
+        lows = [geometry.padding[axis][0] for geometry in (first, second)]
+        reaches = [geometry.dilation[axis] * (geometry.kernel[axis] - 1) for geometry in (first, second)]
+        low = max(lows)
+        reach = max(r - p for r, p in zip(reaches, lows, strict=True)) + low
+        pitch = gcd(lows[0] - lows[1], *(g.dilation[axis] for g in (first, second) if g.kernel[axis] > 1)) or 1
+        kernel.append(reach // pitch + 1)
+        dilation.append(pitch)
+        padding.append((low, first.size_offset(axis) + reach - low))
+    return Geometry(
+        first.in_channels,
+        first.out_channels,
+        gcd(first.groups, second.groups),
+        tuple(kernel),
+        first.stride,
+        tuple(dilation),
+        first.upsampling,
+        tuple(padding),
+        modes.pop() if modes else "zeros",
+    )
+
+
+def _embedded(source: Geometry, target: Geometry, weight: torch.Tensor) -> torch.Tensor:
+    """The kernel of `source` at its place in the window of `target`, zero elsewhere."""
+    weight = _regrouped_weight(weight, source.groups, target.groups)
+    if source.kernel == target.kernel and source.padding == target.padding:
+        return weight
+    window = []
+    for axis in range(target.rank):
+        start = (target.padding[axis][0] - source.padding[axis][0]) // target.dilation[axis]
+        pitch = source.dilation[axis] // target.dilation[axis] if source.kernel[axis] > 1 else 1
+        window.append(slice(start, start + pitch * (source.kernel[axis] - 1) + 1, pitch))
+    out = weight.new_zeros(target.weight_shape)
+    out[(slice(None), slice(None), *window)] = weight
+    return out
+
+
+def _blocks(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+
+
+def _scaled_columns(weight: torch.Tensor, scale: torch.Tensor, groups: int) -> torch.Tensor:
+    blocks = _blocks(weight, groups)
+    return (blocks * scale.reshape(groups, 1, -1, *(1,) * (weight.ndim - 2))).reshape(weight.shape)
+
+
+def _regrouped_weight(weight: torch.Tensor, groups: int, coarser: int) -> torch.Tensor:
+    """Spreads a weight of `groups` groups over blocks of `coarser` ones, with zeros between the old blocks."""
+    if groups == coarser:
+        return weight
+    merged = groups // coarser
+    out, inner, *kernel = weight.shape
+    blocks = weight.reshape(coarser, merged, out // groups, inner, *kernel)
+    wide = weight.new_zeros((coarser, merged, out // groups, merged, inner, *kernel))
+    index = torch.arange(merged, device=weight.device)
+    wide[:, index, :, index] = blocks.transpose(0, 1)
+    return wide.reshape(out, merged * inner, *kernel)
