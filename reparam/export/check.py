@@ -1,0 +1,138 @@
+"""Is the file valid, and does onnxruntime compute with it what the module computes?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from reparam.errors import ExportError
+from reparam.export.quiet import quiet, reason
+from reparam.export.runtime import OnnxSession, UnsupportedByRuntimeError
+from reparam.export.shapes import Probe
+
+if TYPE_CHECKING:
+    import onnx
+
+# Largest error relative to the largest magnitude of the output. This net is there for wrong answers, not for rounding:
+# whether rounding is within the original's own noise is judged elsewhere.
+COARSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+# Share of the elements of an integer output (class numbers, masks) that ties may turn.
+TIES = 0.01
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Whether onnxruntime ran the file (and agreed, otherwise there is an error), and why not."""
+
+    ran: bool
+    notes: tuple[str, ...] = ()
+
+
+def check_file(path: Path, input_names: Sequence[str], answers: Sequence[Probe]) -> Checked:
+    """onnx.checker with full shape inference, then a run at every size in `answers`.
+
+    Raises:
+        ExportError: the file is invalid, or disagrees with the module.
+    """
+    check_valid(path)
+    try:
+        session = OnnxSession(path, threads=1)
+    except UnsupportedByRuntimeError as error:
+        return Checked(False, (f"not checked by running it: {error}",))
+    for probe in answers:
+        difference = disagreement(session.run_flat(list(probe.inputs.tensors())), probe.outputs)
+        if difference:
+            sizes = ", ".join("x".join(map(str, t.shape)) for t in probe.inputs.tensors())
+            raise ExportError(f"the ONNX file disagrees with the module on an input of size {sizes}: {difference}")
+    return Checked(True)
+
+
+def check_valid(path: Path) -> None:
+    """onnx.checker with full shape inference.
+
+    Raises:
+        ExportError: the file is not valid ONNX.
+    """
+    import onnx
+
+    try:
+        with quiet():
+            onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise ExportError(f"the exporter wrote an invalid ONNX model: {reason(error)}") from error
+
+
+def disagreement(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str:
+    """How two lists of tensors differ beyond rounding, as a phrase; empty if they do not."""
+    if len(got) != len(expected):
+        return f"{len(got)} outputs instead of {len(expected)}"
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+        if a.shape != b.shape:
+            return f"output {number} has shape {list(a.shape)} instead of {list(b.shape)}"
+        if a.dtype != b.dtype:
+            return f"output {number} is {a.dtype} instead of {b.dtype}"
+        if b.numel() == 0:
+            continue
+        if not b.is_floating_point():
+            share = (a != b).double().mean().item()
+            if share > TIES:
+                return f"{share:.0%} of output {number} differ"
+            continue
+        x, y = a.double(), b.double()
+        finite = torch.isfinite(y)
+        if not torch.equal(
+            torch.where(torch.isfinite(x), 0.0, x).nan_to_num(7.0), torch.where(finite, 0.0, y).nan_to_num(7.0)
+        ):
+            return f"output {number} is infinite or not a number in other places"
+        scale = y[finite].abs().max().item() if finite.any() else 0.0
+        error = (x[finite] - y[finite]).abs().max().item() if finite.any() else 0.0
+        if error > COARSE.get(b.dtype, 1e-3) * max(scale, torch.finfo(b.dtype).tiny):
+            return f"output {number} is off by {error:.3g} where the largest value is {scale:.3g}"
+    return ""
+
+
+def simplified(path: Path, input_names: Sequence[str], answers: Sequence[Probe]) -> tuple[onnx.ModelProto | None, str]:
+    """onnxsim's simplification of the file, written over it if it has fewer nodes, is valid and agrees.
+
+    Returns:
+        The model that replaced the file, or None and (unless there was simply nothing to gain) a sentence why.
+    """
+    import onnx
+
+    original = onnx.load(str(path))
+    try:
+        import onnxsim
+    except ModuleNotFoundError:
+        return None, "not simplified: onnxsim is not installed"
+    candidate = path.with_name(path.name + ".simplified")
+    try:
+        with quiet():
+            model, _ = onnxsim.simplify(original)
+            if len(model.graph.node) >= len(original.graph.node):
+                return None, ""
+            onnx.save_model(model, str(candidate))
+        if _interface(model) != _interface(original):
+            return None, "not simplified: onnxsim changed the inputs, the outputs or their axes"
+        check_file(candidate, input_names, answers)
+        candidate.replace(path)
+        return model, ""
+    except Exception as error:  # whatever is wrong with the simplification, the plain file stands
+        return None, f"not simplified: onnxsim's result was dropped, {reason(error)}"
+    finally:
+        candidate.unlink(missing_ok=True)
+
+
+def _interface(model: onnx.ModelProto) -> list[tuple[str, int, tuple[str, ...]]]:
+    """Names, element types and axes of the inputs and outputs."""
+    return [
+        (
+            value.name,
+            value.type.tensor_type.elem_type,
+            tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim),
+        )
+        for value in [*model.graph.input, *model.graph.output]
+    ]

@@ -1,0 +1,281 @@
+"""One exported program becomes one ONNX model in memory, with readable names and its provenance, and is saved."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from reparam.errors import ExportError
+from reparam.export.program import argument_names, axis_names, in_call_order, open_axes, range_notes, trace
+from reparam.export.quiet import deepest, quiet, reason
+from reparam.export.runtime import CALL_KEY, fixed_values
+from reparam.export.shapes import Freedom, tensor_leaves
+from reparam.inputs import Inputs
+
+if TYPE_CHECKING:
+    import onnx
+
+# The first operator set in which convolution takes bfloat16.
+BFLOAT16_OPSET = 22
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build: a private copy of the module, its example, the names, the opset and the user's metadata."""
+
+    module: nn.Module
+    inputs: Inputs
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    opset: int | None
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Built:
+    """An ONNX model in memory and the axes that really stayed open."""
+
+    proto: onnx.ModelProto
+    dynamic_axes: Mapping[str, Mapping[int, str]]
+    notes: tuple[str, ...]
+
+    @property
+    def open_batch(self) -> bool:
+        return any(0 in axes for axes in self.dynamic_axes.values())
+
+    @property
+    def open_size(self) -> bool:
+        return any(axis > 1 for axes in self.dynamic_axes.values() for axis in axes)
+
+
+class _Flat(nn.Module):
+    """Tensors in, tensors out: the form an ONNX graph has. Everything else in the call is fixed.
+
+    An output that is also an input, or comes twice, is copied, because a graph's outputs need names of their own.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.module = module
+        self.leaves, self.spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+        self.slots = [n for n, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+        # Tensors among attributes would be exported as constants.
+        self.leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = list(self.leaves)
+        for slot, tensor in zip(self.slots, tensors, strict=True):
+            leaves[slot] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        taken = list(tensors)
+        outputs = []
+        for tensor in tensor_leaves(self.module(*args, **kwargs)):
+            outputs.append(tensor.clone() if any(tensor is other for other in taken) else tensor)
+            taken.append(tensor)
+        return tuple(outputs)
+
+
+def build(plan: Plan, freedom: Freedom) -> Built:
+    """Traces and translates the plan's module with the axes of `freedom` open.
+
+    Raises:
+        ExportError: torch.export or the ONNX exporter cannot do it; `hopeless` is set where other axes would not help.
+    """
+    tensors = list(plan.inputs.tensors())
+    # In the order of the arguments given, which is also the order in which the session flattens a call.
+    names = in_call_order(plan.module, plan.inputs, plan.input_names)
+    program = trace(_Flat(plan.module, plan.inputs), Inputs(tuple(tensors)), freedom, type(plan.module).__name__)
+    proto = _translate(plan, program, names)
+    axes = open_axes(program)
+    readable = axis_names(tensors, names, axes)
+    _rename_axes(proto, readable)
+    _strip_prefix(proto, "module.")
+    _describe(proto, plan, names)
+    dynamic = {
+        name: {axis: readable.get(symbol, symbol) for axis, symbol in varying.items()}
+        for name, varying in zip(names, axes, strict=True)
+    }
+    return Built(proto, dynamic, range_notes(program, readable))
+
+
+def _translate(plan: Plan, program: torch.export.ExportedProgram, names: list[str]) -> onnx.ModelProto:
+    opset = plan.opset
+    if opset is None and any(t.dtype == torch.bfloat16 for t in program.state_dict.values()):
+        opset = BFLOAT16_OPSET
+    try:
+        with quiet(), torch.no_grad():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=names,
+                output_names=list(plan.output_names),
+                verbose=False,
+            )
+            assert exported is not None
+            proto: onnx.ModelProto = exported.model_proto
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"ONNX export needs the package {error.name}; install it with `pip install {error.name}`"
+        ) from error
+    except Exception as error:
+        raise _untranslatable(program, error) from error
+    got = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    if plan.opset is not None and got != plan.opset:
+        raise _hopeless(
+            f"opset {plan.opset} is not possible for this model, the exporter stays at {got}; choose {got} or none"
+        )
+    return proto
+
+
+def _hopeless(message: str) -> ExportError:
+    error = ExportError(message)
+    error.hopeless = True  # type: ignore[attr-defined]
+    return error
+
+
+def _untranslatable(program: torch.export.ExportedProgram, error: BaseException) -> ExportError:
+    """One sentence that names the operator, the module it is called in and the source line, as far as known."""
+    text = str(deepest(error))
+    match = re.search(r"OpOverload\(op='(\w+)\.(\w+)'", text)
+    if match is None:
+        return ExportError(f"the ONNX exporter fails: {reason(error)}")
+    operator = match.group(2)
+    place = ""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and operator.strip("_") in str(node.target):
+            place = _place(node)
+            break
+    return _hopeless(
+        f"operator {match.group(1)}::{operator}{place} has no ONNX form; replace it, or write a .pt2 archive instead"
+    )
+
+
+def _place(node: Any) -> str:
+    """` in layer2.attention (net.py:41)` from a node's metadata."""
+    stack = [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
+    module = stack[-1].removeprefix("module").removeprefix(".") if stack else ""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [(file, line) for file, line in lines if "/torch/" not in file]
+    source = f" ({own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]})" if own else ""
+    return f" in {module or 'the model itself'}{source}"
+
+
+def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """The graph and every graph inside its nodes."""
+    found = [graph]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                found += _graphs(attribute.g)
+            for inner in attribute.graphs:
+                found += _graphs(inner)
+    return found
+
+
+def _rename_axes(proto: onnx.ModelProto, readable: Mapping[str, str]) -> None:
+    """Replaces torch's symbols (`s77`) by readable names, also inside expressions (`(s53//8)`)."""
+    for graph in _graphs(proto.graph):
+        for value in [*graph.input, *graph.output, *graph.value_info]:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_param = re.sub(r"[A-Za-z_]\w*", lambda m: readable.get(m.group(), m.group()), dim.dim_param)
+
+
+def _strip_prefix(proto: onnx.ModelProto, prefix: str) -> None:
+    """Gives the weights the names they have in the model's state_dict, without the wrapper's prefix."""
+    graphs = _graphs(proto.graph)
+    used = {value.name for graph in graphs for value in [*graph.input, *graph.output, *graph.initializer]}
+    used |= {name for graph in graphs for node in graph.node for name in node.output}
+    new = {}
+    for tensor in proto.graph.initializer:
+        plain = tensor.name.removeprefix(prefix)
+        if plain != tensor.name and plain not in used:
+            new[tensor.name] = plain
+            tensor.name = plain
+    for graph in graphs:
+        for value in graph.value_info:
+            value.name = new.get(value.name, value.name)
+        for value in graph.output:
+            value.name = new.get(value.name, value.name)
+        for node in graph.node:
+            node.input[:] = [new.get(name, name) for name in node.input]
+
+
+def _describe(proto: onnx.ModelProto, plan: Plan, names: list[str]) -> None:
+    """Provenance, the user's metadata, and how a call of the module maps to the file's inputs and outputs."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("reparam")
+    except PackageNotFoundError:
+        own = "unknown"
+    with quiet():
+        result = plan.inputs.call(plan.module)
+    leaves, spec = pytree.tree_flatten(result)
+    structure: str | None = None
+    # Numbers in a result usually count the batch; they are not in the file, so such a result comes back as a list.
+    if all(leaf is None or isinstance(leaf, torch.Tensor) for leaf in leaves):
+        try:
+            structure = pytree.treespec_dumps(spec)
+        except Exception:  # a container that cannot be written down comes back as a list
+            structure = None
+    call = {
+        **_arguments(plan),
+        "inputs": names,
+        "outputs": list(plan.output_names),
+        "structure": structure,
+        "present": [leaf is not None for leaf in leaves],
+    }
+    props = {
+        **plan.metadata,
+        "reparam.version": own,
+        "torch.version": torch.__version__,
+        CALL_KEY: json.dumps(call),
+    }
+    proto.producer_name = "reparam"
+    proto.producer_version = own
+    del proto.metadata_props[:]
+    for key, value in props.items():
+        proto.metadata_props.add(key=str(key), value=str(value))
+
+
+def _arguments(plan: Plan) -> dict[str, Any]:
+    """How a call is flattened: names of the parameters, of the arguments given, and the values that are fixed."""
+    parameters = inspect.signature(plan.module.forward).parameters
+    listed = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    keywords = list(plan.inputs.kwargs)
+    given = argument_names(plan.module, plan.inputs)
+    arguments = keywords if listed else [*[n for n in given if n not in keywords], *keywords]
+    return {
+        "parameters": None if listed else list(parameters),
+        "arguments": arguments,
+        "fixed": {} if listed else {name: fixed_values(value) for name, value in given.items()},
+    }
+
+
+def save(proto: onnx.ModelProto, path: Path, threshold: int) -> bool:
+    """Writes the model; weights beyond `threshold` bytes go to `<path>.data`. Returns whether they did."""
+    import onnx
+
+    weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+    if weights <= threshold:
+        onnx.save_model(proto, str(path))
+        return False
+    copied = onnx.ModelProto()
+    copied.CopyFrom(proto)
+    onnx.save_model(
+        copied, str(path), save_as_external_data=True, all_tensors_to_one_file=True,
+        location=path.name + ".data", size_threshold=1024,
+    )  # fmt: skip
+    return True
