@@ -1,0 +1,1 @@
+"""A file or a module becomes a captured graph: safe loading, tracing."""
