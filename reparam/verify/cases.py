@@ -45,8 +45,8 @@ class Case:
 Slot = tuple[Case, ...]
 
 
-def plan(inputs: Inputs, level: str, seed: int) -> Iterator[Slot]:
-    """The slots of a level, most important first.
+def plan(inputs: Inputs, level: str, seed: int, vary_shapes: bool = True) -> Iterator[Slot]:
+    """The slots of a level, most important first; all with the example's shapes if these must not vary.
 
     Raises:
         InputError: there is no such level.
@@ -54,7 +54,7 @@ def plan(inputs: Inputs, level: str, seed: int) -> Iterator[Slot]:
     if level not in LEVELS:
         raise InputError(f"there is no verification level {level!r}; choose one of {', '.join(LEVELS)}")
     yield (Case("example", None, inputs),)
-    maker = _Maker(inputs, seed)
+    maker = _Maker(inputs, seed, vary_shapes)
     if level == "standard":
         yield from _standard(maker)
     elif level == "thorough":
@@ -105,11 +105,11 @@ def _thorough(make: _Maker) -> Iterator[Slot]:
 class _Maker:
     """Makes cases from the example; the facts about it that decide which cases there can be."""
 
-    def __init__(self, inputs: Inputs, seed: int) -> None:
-        self.inputs, self.seed = inputs, seed
+    def __init__(self, inputs: Inputs, seed: int, vary_shapes: bool) -> None:
+        self.inputs, self.seed, self.vary_shapes = inputs, seed, vary_shapes
         tensors = [tensor for tensor in inputs.tensors() if tensor.dim()]
         sizes = {tensor.shape[0] for tensor in tensors}
-        self.batch = sizes.pop() if len(sizes) == 1 and all(t.numel() for t in tensors) else None
+        self.batch = sizes.pop() if vary_shapes and len(sizes) == 1 and all(t.numel() for t in tensors) else None
         self.floating = any(t.is_floating_point() for t in tensors)
         self.drawable = any(t.dtype != torch.bool and t.numel() for t in tensors)
         self.spatial = any(t.is_floating_point() and t.dim() >= 3 for t in tensors)
@@ -156,6 +156,8 @@ class _Maker:
         return {size: _odd(size + 2) for size in self._sizes()} or None
 
     def _sizes(self) -> set[int]:
+        if not self.vary_shapes:
+            return set()
         images = [t for t in self.inputs.tensors() if t.is_floating_point() and t.dim() >= 3]
         return {size for image in images for size in image.shape[2:]}
 

@@ -11,8 +11,8 @@ values of m normal samples each has standard deviation 1/sqrt(m) (Fisher 1924); 
 counted as distinct values, because a constant input makes all positions of a channel one sample.
 
 A slice whose own noise is small by luck, or because its values cancel to nearly nothing, is granted the noise that is
-typical of its peers: the median of noise over scale, times its own scale, and the lower quartile of noise. Both are
-quantiles over slices and not maxima, so a few huge or noisy channels lend nothing to the others.
+typical of its peers: the median of noise over scale times its own scale, and the (lower) medians of noise and of scale.
+They are medians and not maxima, so a few huge or noisy channels lend nothing to the others.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ def _slice_ratios(
 def _bars(truths: torch.Tensor, noises: torch.Tensor, factor: float, floor: float, typical: float) -> torch.Tensor:
     live = truths > 0
     relative = float((noises[live] / truths[live]).median()) if bool(live.any()) else 0.0
-    # kthvalue and not quantile: no interpolation, and no limit on the number of slices.
-    quartile = float(noises.kthvalue(max(1, noises.numel() // 4)).values)
-    level = torch.maximum(noises, truths * max(relative, typical)).clamp_min(quartile)
+    relative = max(relative, typical)
+    typical_level = max(float(noises.median()), relative * float(truths.median()))
+    level = torch.maximum(noises, truths * relative).clamp_min(typical_level)
     # The largest of n normal samples is near sqrt(2 log n); 2 more deviations for the noise itself being a sample.
     luck = 2.0 + math.sqrt(2.0 * math.log(max(noises.numel(), 2)))
     return factor * luck * level + floor * truths

@@ -264,7 +264,7 @@ def _measure_exact(
     runs: Runs,
     rules: Rules,
 ) -> Measured:
-    """Integers and booleans: equal to the truth, but for a multiple of the ties that rounding breaks in the original."""
+    """Integers and booleans: equal to the truth, but for a multiple of the ties that rounding breaks there as well."""
     t, o, c = _double(truth), _double(original), _double(candidate)
     wrong, own, failures = int((c != t).sum()), int((o != t).sum()), []
     if wrong > rules.noise_factor * own and bool((c != o).any()):

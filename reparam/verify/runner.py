@@ -45,6 +45,7 @@ def verify(
     noise_factor: float = NOISE_FACTOR,
     algebra_tolerance: float = ALGEBRA_TOLERANCE,
     candidate_float64: nn.Module | None = None,
+    vary_shapes: bool = True,
     check_dtypes: bool = True,
     check_structure: bool = True,
 ) -> Comparison:
@@ -68,6 +69,7 @@ def verify(
         candidate_float64: the candidate before its weights were rounded to the deployment dtype. With it the algebra
             is held to `algebra_tolerance` alone, and the candidate's weights must be its weights rounded once.
             Without it a candidate in a narrower dtype is also allowed what rounding its changed weights explains.
+        vary_shapes: False keeps to the example's shapes, for a candidate that was made for these alone.
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
 
     Raises:
@@ -80,7 +82,7 @@ def verify(
     session = _session(original, candidate, candidate_float64, rules, seed)
     failures = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
     ran = []
-    for slot in plan(inputs, level, seed):
+    for slot in plan(inputs, level, seed, vary_shapes):
         ran.append(_run_slot(session, slot, BUDGET if level == "standard" else float("inf")))
     return gather(
         ran,
