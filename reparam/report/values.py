@@ -1,0 +1,118 @@
+"""The report's values: `OperationCounts` and `Report`. Plain data; imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reparam.bench import Timing
+    from reparam.passes.base import Refusal, Rewrite
+    from reparam.verify import Comparison
+
+
+@dataclass(frozen=True)
+class OperationCounts:
+    """What a model does in one call, counted on its graph: a layer called twice counts twice.
+
+    Attributes:
+        convolutions: convolutions and transposed convolutions of any rank.
+        batch_norms: batch normalisations.
+        linears: linear layers and matrix products with weights.
+        additions: additions of two activations, and of constants to an activation.
+        dropouts: dropout and its relatives (stochastic depth, alpha dropout).
+        nodes: operations in all, counting neither inputs, outputs nor weights.
+        parameters: elements of all weights, each counted once.
+        macs: multiply-adds of convolutions and linear layers on the example inputs.
+    """
+
+    convolutions: int = 0
+    batch_norms: int = 0
+    linears: int = 0
+    additions: int = 0
+    dropouts: int = 0
+    nodes: int = 0
+    parameters: int = 0
+    macs: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts as plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about one run.
+
+    Attributes:
+        model: the model's name: its class, or the file it came from.
+        capture: how the graph was captured (`symbolic`, `exported`, `partial`).
+        before, after: operations of the original and of the fused model.
+        rewrites: what was changed, in the order in which it was.
+        refusals: what looks foldable and was left, and why.
+        comparison: fused against original; None if not asked.
+        onnx_comparison: the ONNX file in its runtime against the original; None if none was written.
+        timing: latency of original and fused in eager PyTorch; None if not measured.
+        onnx_timing: latency of the exported original and the exported fused model; None if not measured.
+        files: kind (`onnx`, `archive`) -> path of each file written.
+        environment: versions, hardware and settings, by name.
+        seconds: stage -> wall-clock time it took, in seconds.
+        notes: further sentences for the user.
+    """
+
+    model: str
+    capture: str
+    before: OperationCounts
+    after: OperationCounts
+    rewrites: tuple[Rewrite, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    comparison: Comparison | None = None
+    onnx_comparison: Comparison | None = None
+    timing: Timing | None = None
+    onnx_timing: Timing | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def equivalent(self) -> bool | None:
+        """Whether every comparison that was made passed; None if none was made."""
+        made = [comparison for comparison in (self.comparison, self.onnx_comparison) if comparison is not None]
+        return all(comparison.passed for comparison in made) if made else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types; infinities and NaN become strings, since JSON has no literal for them."""
+        plain = _plain(
+            {
+                "model": self.model,
+                "capture": self.capture,
+                "equivalent": self.equivalent,
+                "before": self.before.to_dict(),
+                "after": self.after.to_dict(),
+                "rewrites": [rewrite.to_dict() for rewrite in self.rewrites],
+                "refusals": [refusal.to_dict() for refusal in self.refusals],
+                "comparison": self.comparison and self.comparison.to_dict(),
+                "onnx_comparison": self.onnx_comparison and self.onnx_comparison.to_dict(),
+                "timing": self.timing and self.timing.to_dict(),
+                "onnx_timing": self.onnx_timing and self.onnx_timing.to_dict(),
+                "files": dict(self.files),
+                "environment": dict(self.environment),
+                "seconds": dict(self.seconds),
+                "notes": list(self.notes),
+            }
+        )
+        assert isinstance(plain, dict)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
