@@ -1,1 +1,74 @@
-"""reparam: turn a trained PyTorch model into its inference form, and prove by measurement that nothing changed."""
+"""reparam: turn a trained PyTorch model into its inference form, and prove by measurement that nothing changed.
+
+The public names are loaded when they are first used, so that `reparam --help` need not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from reparam.bench import Timing, benchmark
+    from reparam.capture.load import load
+    from reparam.errors import CaptureError, ExportError, InputError, NotEquivalentError, ReparamError
+    from reparam.export import export_archive, export_onnx
+    from reparam.passes.base import Refusal, Rewrite
+    from reparam.pipeline import FuseResult, fuse
+    from reparam.report import Report
+    from reparam.verify import Comparison, verify
+
+_HOMES = {
+    "CaptureError": "reparam.errors",
+    "Comparison": "reparam.verify",
+    "ExportError": "reparam.errors",
+    "FuseResult": "reparam.pipeline",
+    "InputError": "reparam.errors",
+    "NotEquivalentError": "reparam.errors",
+    "Refusal": "reparam.passes.base",
+    "ReparamError": "reparam.errors",
+    "Report": "reparam.report",
+    "Rewrite": "reparam.passes.base",
+    "Timing": "reparam.bench",
+    "benchmark": "reparam.bench",
+    "export_archive": "reparam.export",
+    "export_onnx": "reparam.export",
+    "fuse": "reparam.pipeline",
+    "load": "reparam.capture.load",
+    "verify": "reparam.verify",
+}
+
+__all__ = [
+    "CaptureError",
+    "Comparison",
+    "ExportError",
+    "FuseResult",
+    "InputError",
+    "NotEquivalentError",
+    "Refusal",
+    "ReparamError",
+    "Report",
+    "Rewrite",
+    "Timing",
+    "__version__",
+    "benchmark",
+    "export_archive",
+    "export_onnx",
+    "fuse",
+    "load",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reparam' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

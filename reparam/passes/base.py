@@ -1,26 +1,11 @@
-"""What a pass is, and the two values it answers with: a `Rewrite` for what it did, a `Refusal` for what it left."""
+"""The two values a pass answers with: a `Rewrite` for what it did, a `Refusal` for what it left."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where in the user's model something happens.
-
-    Attributes:
-        module: qualified name of the module (or, for a functional call, of the module whose `forward` made it; the
-            graph node's name where there is none).
-        source: `file.py:line` of the user's code, or None where it is not known.
-    """
-
-    module: str
-    source: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.module} ({self.source})" if self.source else self.module
+from reparam.graph.place import Place
 
 
 @dataclass(frozen=True)
@@ -110,3 +95,6 @@ class Refusal:
     def to_dict(self) -> dict[str, Any]:
         """The refusal as plain JSON types."""
         return {**asdict(self), "where": self.where}
+
+
+__all__ = ["Cost", "Place", "Refusal", "Rewrite"]

@@ -1,0 +1,53 @@
+"""`Captured`: a private copy of a model as a graph, with the shapes its example inputs give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from reparam.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape, dtype and device of a tensor in the graph, for the example inputs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Each graph node carries in `meta`: `module_path` (qualified name of the module whose call it belongs to), `source`
+    (`file.py:line` of the user's code, or None), and, where its value is a tensor, `tensor` (a `TensorInfo`). Where the value shares storage with inputs of the node,
+    `aliases` names those inputs, and `same_view_as` those that are the very same view.
+
+    Attributes:
+        root: the private copy that the graph's targets refer to, in eval mode; it shares the parameters of the
+            caller's model, which nothing here writes to.
+        graph: the captured graph.
+        inputs: the example inputs.
+        how: `symbolic`; later ways of capture have their own word.
+        name: class name of the model.
+        notes: what the user should know (for example that the model was in train mode).
+    """
+
+    root: torch.nn.Module
+    graph: fx.Graph
+    inputs: Inputs
+    how: str
+    name: str
+    notes: tuple[str, ...] = ()

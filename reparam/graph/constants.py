@@ -1,0 +1,77 @@
+"""Values of the graph that depend on parameters, buffers and literals only.
+
+They are evaluated on demand and in float64, because they feed weights that are combined in float64.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from reparam.graph.nodes import attribute, pinned
+from reparam.graph.normal import mutated
+
+_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential", "empty", "uniform")
+
+
+class Constants:
+    """Which nodes are constant, and their values."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self._root = root
+        self._values: dict[fx.Node, Any] = {}
+        self._constant: set[fx.Node] = set()
+        for node in graph.nodes:
+            if self._is_constant(node):
+                self._constant.add(node)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._constant
+
+    def value(self, argument: Any) -> Any:
+        """The value of a constant node, float64 where it is floating; anything else is returned as it is."""
+        if not isinstance(argument, fx.Node):
+            return argument
+        pending = [argument]
+        while pending:
+            node = pending[-1]
+            missing = [other for other in node.all_input_nodes if other not in self._values]
+            if node in self._values or not missing:
+                pending.pop()
+                if node not in self._values:
+                    self._values[node] = self._evaluate(node)
+            else:
+                pending.extend(missing)
+        return self._values[argument]
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return pinned(node) is None
+        if node.op not in ("call_function", "call_method") or pinned(node) or mutated(node, self._root) is not None:
+            return False
+        if not node.all_input_nodes or any(other not in self._constant for other in node.all_input_nodes):
+            return False
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return not any(word in name for word in _RANDOM) and node.target is not operator.setitem
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return _doubled(attribute(self._root, str(node.target)))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: self._values[other])
+        with torch.no_grad():
+            if node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return pytree.tree_map_only(torch.Tensor, _doubled, value)
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        return value.to(torch.float64) if value.dtype.is_floating_point else value
+    return value

@@ -1,0 +1,74 @@
+"""Counts a graph's operations by the same table that lifts them, so that every spelling counts alike."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import fx, nn
+
+from reparam.graph.constants import Constants
+from reparam.graph.lift import TABLE
+from reparam.graph.nodes import attribute, info, module_of
+from reparam.report.values import OperationCounts
+
+_COUNTED = {
+    "convolution": "convolutions",
+    "transposed convolution": "convolutions",
+    "batch normalisation": "batch_norms",
+    "linear layer": "linears",
+    "addition": "additions",
+    "scale and shift": "additions",
+}
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def count_operations(graph: fx.Graph, root: nn.Module) -> OperationCounts:
+    """Operations, weights and multiply-adds of one call on the example inputs."""
+    constants = Constants(graph, root)
+    counts = dict.fromkeys((*_COUNTED.values(), "dropouts"), 0)
+    nodes = macs = 0
+    weights = {}
+    for node in graph.nodes:
+        module = module_of(node, root)
+        if module is not None:
+            weights.update({id(p): p.numel() for p in module.parameters()})
+        elif node.op == "get_attr":
+            value = attribute(root, str(node.target))
+            if isinstance(value, nn.Parameter):
+                weights[id(value)] = value.numel()
+        if node.op not in ("call_module", "call_function", "call_method") or node in constants:
+            continue
+        nodes += 1
+        row = TABLE.row(node, root)
+        name = _COUNTED.get(row.name) if row is not None else None
+        if name is not None and info(node) is not None:
+            counts[name] += 1
+            macs += _macs(node, root, row.name) if row is not None else 0
+        if isinstance(module, _DROPOUTS) or (node.op == "call_function" and "dropout" in _function_name(node)):
+            counts["dropouts"] += 1
+    return OperationCounts(nodes=nodes, parameters=sum(weights.values()), macs=macs, **counts)
+
+
+def _function_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", ""))
+
+
+def _macs(node: fx.Node, root: nn.Module, name: str) -> int:
+    out = info(node)
+    if name not in ("convolution", "transposed convolution", "linear layer") or out is None:
+        return 0
+    module = module_of(node, root)
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if module is not None:
+        shape = tuple(module.weight.shape)  # type: ignore[union-attr,operator]
+    elif isinstance(weight, fx.Node) and (tensor := info(weight)) is not None:
+        shape = tensor.shape
+    else:
+        return 0
+    if name != "transposed convolution":
+        return out.numel * prod(shape[1:])
+    source = info(node.all_input_nodes[0])
+    return 0 if source is None else source.numel * prod(shape[1:])
+
+
+__all__ = ["count_operations"]

@@ -1,0 +1,205 @@
+"""Writes affine maps back into the graph as the layers of `torch.nn`.
+
+A map becomes a `Linear`, `Conv*d` or `ConvTranspose*d`, or, where it only scales channels, one multiply-add. Weights
+are rounded to the model's dtype here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from reparam.algebra import AffineMap, Geometry, Inexact, regrouped
+from reparam.algebra.sources import transposed_weight
+from reparam.capture.captured import TensorInfo
+from reparam.graph.nodes import info
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def unwritable(geometry: Geometry, ndim: int, axis: int) -> Inexact | None:
+    """Why no layer of `torch.nn` is this map on a tensor of `ndim` axes with channels in `axis`; None if one is."""
+    if geometry.is_diagonal:
+        return None
+    if geometry.rank == 0:
+        if axis == ndim - 1 or (axis == 1 and ndim <= 5):
+            return None
+        return Inexact(f"no layer mixes channels that lie in axis {axis} of {ndim}")
+    if axis != 1 or ndim != geometry.rank + 2:
+        return Inexact(f"no convolution runs over channels that lie in axis {axis} of {ndim}")
+    if geometry.is_transposed:
+        if any(s > 1 for s in geometry.stride):
+            return Inexact("it would be a transposed convolution that also has a stride")
+        for axis_, (low, high) in enumerate(geometry.padding):
+            reach = geometry.dilation[axis_] * (geometry.kernel[axis_] - 1)
+            limit = max(geometry.upsampling[axis_], geometry.dilation[axis_])
+            if low > reach or not 0 <= high - low < limit:
+                return Inexact("no transposed convolution has this padding")
+    return None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that is ready to be inserted.
+
+    Attributes:
+        module: the layer, or None for a plain scale and shift.
+        pads: asymmetric or moded padding to run first, as `F.pad` takes it; empty if none.
+        pad_mode: mode for `F.pad`.
+        scale, shift: for a plain scale and shift, shaped to broadcast.
+        description: `Conv2d(64, 64, 3x3)`.
+    """
+
+    module: nn.Module | None
+    pads: tuple[int, ...] = ()
+    pad_mode: str = "constant"
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    description: str = ""
+
+
+def layer_for(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | None) -> Layer | Inexact:
+    """The layer that computes `map_` (without its own bias) plus `bias`, for results shaped and typed `like`."""
+    geometry = map_.geometry
+    if geometry.rank == 0 and not geometry.is_diagonal and axis == len(like.shape) - 1:
+        map_ = regrouped(map_, 1)
+        geometry = map_.geometry
+    weight = map_.weight.evaluate()
+    rounded, shift = _rounded(weight, like), None if bias is None else _rounded(bias, like)
+    if isinstance(rounded, Inexact) or isinstance(shift, Inexact):
+        return rounded if isinstance(rounded, Inexact) else shift  # type: ignore[return-value]
+    if geometry.is_diagonal:
+        shape = [1] * len(like.shape)
+        shape[axis] = geometry.out_channels
+        scale = None if bool((weight == 1).all()) else rounded.reshape(shape)
+        text = " and ".join(w for w, t in (("scale", scale), ("shift", shift)) if t is not None)
+        return Layer(None, scale=scale, shift=None if shift is None else shift.reshape(shape), description=text)
+    if geometry.rank == 0 and axis == len(like.shape) - 1:
+        module: nn.Module = nn.Linear(geometry.in_channels, geometry.out_channels, shift is not None, device="meta")
+        return Layer(_filled(module, rounded, shift), description=f"Linear({module.extra_repr()})")
+    return _convolution(map_.with_rank(len(like.shape) - 2).geometry, rounded, shift, like)
+
+
+def insert(
+    graph: fx.Graph,
+    root: nn.Module,
+    before: fx.Node,
+    parts: Sequence[tuple[fx.Node, Layer | None, str]],
+) -> fx.Node:
+    """Inserts the sum of the layers' values in front of a node and returns its node.
+
+    Args:
+        before: the node that the result will stand for; the new nodes take its place in the user's model.
+        parts: source, layer (None for the source itself) and qualified name for each summand.
+    """
+    with graph.inserting_before(before):
+        values = [source if layer is None else _call(graph, root, source, layer, path) for source, layer, path in parts]
+        total = values[0]
+        for value in values[1:]:
+            total = graph.call_function(torch.add, (total, value))
+            total.meta["fresh"] = True
+    for node in values + [total]:
+        if "tensor" not in node.meta:
+            node.meta["tensor"] = info(before)
+            node.meta["module_path"] = before.meta.get("module_path", "")
+            node.meta["source"] = before.meta.get("source")
+    return total
+
+
+def _call(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer, path: str) -> fx.Node:
+    if layer.module is None:
+        return _scale_shift(graph, root, source, layer, path)
+    if layer.pads:
+        tensor = info(source)
+        source = graph.call_function(F.pad, (source, list(layer.pads)), {"mode": layer.pad_mode})
+        source.meta["tensor"] = tensor
+    set_module(root, path, layer.module)
+    node = graph.call_module(path, (source,))
+    node.meta["written_path"] = path
+    return node
+
+
+def _scale_shift(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer, path: str) -> fx.Node:
+    holder = nn.Module()
+    set_module(root, path, holder)
+
+    def constant(name: str, value: torch.Tensor) -> fx.Node:
+        holder.register_buffer(name, value)
+        node = graph.get_attr(f"{path}.{name}")
+        node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
+        return node
+
+    if layer.scale is None:
+        if layer.shift is None:
+            return source
+        return graph.call_function(torch.add, (source, constant("shift", layer.shift)))
+    if layer.shift is None:
+        return graph.call_function(torch.mul, (source, constant("scale", layer.scale)))
+    shift, scale = constant("shift", layer.shift), constant("scale", layer.scale)
+    return graph.call_function(torch.addcmul, (shift, source, scale))
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module at a qualified name, making plain parents where there are none."""
+    *parents, name = path.split(".")
+    owner = root
+    for parent in parents:
+        if not isinstance(getattr(owner, parent, None), nn.Module):
+            setattr(owner, parent, nn.Module())
+        owner = getattr(owner, parent)
+    if name in owner.__dict__ or name in owner._parameters or name in owner._buffers:
+        delattr(owner, name)
+    setattr(owner, name, module)
+
+
+def _convolution(
+    geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | None, like: TensorInfo
+) -> Layer:
+    weight = weight.reshape(geometry.weight_shape)
+    options: dict[str, Any] = {"dilation": geometry.dilation, "groups": geometry.groups, "bias": bias is not None}
+    channels = (geometry.in_channels, geometry.out_channels, geometry.kernel)
+    if geometry.is_transposed:
+        reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel, strict=True)]
+        options["padding"] = tuple(r - low for r, (low, _) in zip(reach, geometry.padding, strict=True))
+        options["output_padding"] = tuple(high - low for low, high in geometry.padding)
+        made = _CONV_TRANSPOSE[geometry.rank - 1](*channels, stride=geometry.upsampling, device="meta", **options)
+        flipped = transposed_weight(weight, geometry.groups).contiguous()
+        return Layer(_filled(made, flipped, bias), description=_described(made))
+    symmetric = all(low == high and low >= 0 for low, high in geometry.padding)
+    pads: tuple[int, ...] = ()
+    if symmetric:
+        options["padding"] = tuple(low for low, _ in geometry.padding)
+        options["padding_mode"] = geometry.padding_mode
+    else:
+        pads = tuple(side for pair in reversed(geometry.padding) for side in pair)
+    conv = _CONV[geometry.rank - 1](*channels, stride=geometry.stride, device="meta", **options)
+    mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+    return Layer(_filled(conv, weight, bias), pads, mode, description=_described(conv))
+
+
+def _described(conv: nn.Module) -> str:
+    kernel = "x".join(map(str, conv.kernel_size))  # type: ignore[arg-type]
+    text = f"{type(conv).__name__}({conv.in_channels}, {conv.out_channels}, {kernel}"
+    if any(s > 1 for s in conv.stride):  # type: ignore[union-attr]
+        text += f", stride {'x'.join(map(str, conv.stride))}"  # type: ignore[arg-type]
+    return text + (f", groups {conv.groups})" if conv.groups != 1 else ")")  # type: ignore[operator]
+
+
+def _filled(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module.eval()
+
+
+def _rounded(tensor: torch.Tensor, like: TensorInfo) -> torch.Tensor | Inexact:
+    rounded = tensor.to(device=like.device, dtype=like.dtype).contiguous()
+    if not bool(torch.isfinite(rounded).all()) and bool(torch.isfinite(tensor).all()):
+        return Inexact(f"its merged weights overflow {like.dtype}", "fuse in a wider type")
+    return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded

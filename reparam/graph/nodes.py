@@ -1,0 +1,83 @@
+"""Small questions about graph nodes: what they are called, where they stand, what tensor they carry."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from reparam.capture.captured import TensorInfo
+from reparam.graph.place import Place
+
+
+def place(node: fx.Node) -> Place:
+    """Where the node stands in the user's model."""
+    return Place(node.meta.get("module_path") or node.name, node.meta.get("source"))
+
+
+def info(node: fx.Node) -> TensorInfo | None:
+    """Shape, dtype and device of the node's value for the example inputs, if it is a tensor."""
+    found = node.meta.get("tensor")
+    return found if isinstance(found, TensorInfo) else None
+
+
+def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The leaf module a node calls."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """The parameter, buffer or other attribute that a `get_attr` node names."""
+    value: Any = root
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def kind(node: fx.Node, root: nn.Module) -> str:
+    """What a person would call the operation: `Conv2d`, `batch_norm`, `add`."""
+    if node.op == "call_module":
+        return type(module_of(node, root)).__name__
+    if node.op in ("call_function", "call_method"):
+        if node.target is operator.getitem:
+            return "indexing"
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        return str(name).split(".")[0]
+    return {"placeholder": "the model's input", "output": "the model's output", "get_attr": "a constant"}[node.op]
+
+
+def described(node: fx.Node, root: nn.Module) -> str:
+    """`layer1.conv1: Conv2d`, for lists of what was replaced."""
+    return f"{place(node).module}: {kind(node, root)}"
+
+
+def is_floating(node: fx.Node) -> bool:
+    """Whether the node's value is a real floating-point tensor."""
+    tensor = info(node)
+    return tensor is not None and tensor.dtype.is_floating_point
+
+
+def same_kind_of_tensor(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes carry tensors of equal shape, dtype and device."""
+    return info(a) is not None and info(a) == info(b)
+
+
+def pinned(node: fx.Node) -> str | None:
+    """Why the node must stay where it is (its storage is written to under another name), or None."""
+    reason = node.meta.get("pinned")
+    return reason if isinstance(reason, str) else None
+
+
+def spatial(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The sizes behind the batch and channel axes, for a tensor whose channels lie in `axis` 1."""
+    return shape[2:] if axis == 1 else ()
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of a tensor node."""
+    tensor = info(node)
+    if tensor is None:
+        raise ValueError(f"{node.name} carries no tensor")
+    return tensor.dtype

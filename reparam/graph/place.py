@@ -1,0 +1,22 @@
+"""`Place`: where in the user's model something stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's model something happens.
+
+    Attributes:
+        module: qualified name of the module (or, for a functional call, of the module whose `forward` made it; the
+            graph node's name where there is none).
+        source: `file.py:line` of the user's code, or None where it is not known.
+    """
+
+    module: str
+    source: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.source})" if self.source else self.module
