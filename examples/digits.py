@@ -1,7 +1,7 @@
 """A small three-branch network for scikit-learn's handwritten digits, and the images it is trained and judged on.
 
-Each block is BN(conv3x3(x)) + BN(conv1x1(x)) + BN(x), the last where the shape permits, followed by a ReLU: three branches
-to train, one 3x3 convolution to deploy. `tools/train_digits.py` trained the weights in `digits.safetensors`:
+Each block is BN(conv3x3(x)) + BN(conv1x1(x)) + BN(x), the last where the shape permits, followed by a ReLU: three
+branches to train, one 3x3 convolution to deploy. `tools/train_digits.py` trained the weights in `digits.safetensors`:
 
     reparam fuse examples/digits.safetensors --arch examples.digits:build --input 1x1x8x8
 """
