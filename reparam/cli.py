@@ -1,0 +1,153 @@
+"""The command: flags -> `reparam.workflow` -> report. torch is imported only when there is work to do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from reparam import __version__
+from reparam.errors import NotEquivalentError, ReparamError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from reparam.report import Report
+    from reparam.workflow import Progress
+
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="reparam")
+def main() -> None:
+    """Turns trained PyTorch models into their inference form, and proves by measurement that nothing changed."""
+
+
+@main.command("fuse")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--arch", metavar="ARCH", help="Who builds the model: timm:NAME, torchvision:NAME or package.module:callable."
+)
+@click.option("--arch-args", metavar="KEY=VALUE", multiple=True, help="Argument for the builder; may be repeated.")
+@click.option("--key", metavar="KEY", help="Where in the checkpoint the weights stand (model, ema, state.generator).")
+@click.option(
+    "--input", "inputs", metavar="SPEC", multiple=True, help="Example input: 1x3x224x224, 1x77:int64, name=1x77:int64."
+)
+@click.option("--out", metavar="PATH", help="Folder to write to, or path without ending. Default: beside MODEL.")
+@click.option(
+    "--allow-class", "allow_classes", metavar="NAME", multiple=True,
+    help="Class the file may use: pkg.mod.Class, OLD.NAME=NEW.NAME, or 'pkg.*' for all layers of a package.",
+)  # fmt: skip
+@click.option("--allow-pickle", is_flag=True, help="Let the file run any code. Only for files whose source you trust.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Convert the model first."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output and nothing else.")
+@click.option("--no-onnx", is_flag=True, help="Write no ONNX file.")
+@click.option("--no-archive", is_flag=True, help="Write no torch.export archive.")
+@click.option("--no-bench", is_flag=True, help="Measure no latency.")
+@click.option(
+    "--bench-seconds", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Time for measuring."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all random inputs.")
+@click.option("-v", "--verbose", is_flag=True, help="List every rewrite with its identity, and every place.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def fuse_command(as_json: bool, verbose: bool, debug: bool, **flags: Any) -> None:
+    """Fuses MODEL and writes MODEL.fused.onnx and MODEL.fused.pt2.
+
+    MODEL is a file of torch.save (a model, a state dict, a checkpoint) or safetensors. The fused model is compared with
+    the original, and so is the ONNX file in onnxruntime; nothing is written unless both agree.
+
+    Exit status: 0 good, 1 not equivalent (nothing is written), 2 bad input or usage, 70 a fault in reparam.
+    """
+    sys.exit(_guarded(lambda progress: _fuse(flags, progress), as_json=as_json, verbose=verbose, debug=debug))
+
+
+def _fuse(flags: dict[str, Any], progress: Progress) -> Report:
+    from reparam.capture.arch import parse_arch_args
+    from reparam.workflow import Request, run
+
+    flags["arch_args"] = parse_arch_args(flags["arch_args"])
+    for name in ("onnx", "archive", "bench"):
+        flags[name] = not flags.pop(f"no_{name}")
+    return run(Request(path=flags.pop("model"), **flags), progress)
+
+
+def _guarded(work: Any, *, as_json: bool, verbose: bool, debug: bool) -> int:
+    """Runs `work` with progress on standard error, prints its report or error, and returns the exit status."""
+    try:
+        with _progress() as progress:
+            report = work(progress)
+    except ReparamError as error:
+        _print_error(error, as_json=as_json, verbose=verbose)
+        if debug:
+            traceback.print_exc()
+        return error.exit_status
+    except KeyboardInterrupt:
+        click.echo("reparam: interrupted; nothing was written", err=True)
+        return INTERRUPTED
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        click.echo(
+            f"reparam: internal error: {message} (this is a fault in reparam {__version__}: please report it, "
+            "with what --debug prints)",
+            err=True,
+        )
+        if debug:
+            traceback.print_exc()
+        if as_json:
+            click.echo(json.dumps({"error": f"{type(error).__name__}: {error}", "exit_status": INTERNAL_ERROR}))
+        return INTERNAL_ERROR
+    _print_report(report, as_json=as_json, verbose=verbose)
+    return 0
+
+
+def _print_report(report: Report, *, as_json: bool, verbose: bool, **more: Any) -> None:
+    if as_json:
+        click.echo(json.dumps({**report.to_dict(), **more}, indent=2, allow_nan=False))
+        return
+    from reparam.report.text import render_text
+
+    render_text(report, _console(stderr=False), verbose=verbose)
+
+
+def _print_error(error: ReparamError, *, as_json: bool, verbose: bool) -> None:
+    report = error.report if isinstance(error, NotEquivalentError) else None
+    if report is not None:
+        _print_report(report, as_json=as_json, verbose=verbose, error=str(error), exit_status=error.exit_status)
+    elif as_json:
+        click.echo(json.dumps({"error": str(error), "exit_status": error.exit_status}, indent=2))
+    click.echo(f"reparam: error: {error}", err=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A line with a spinner that names the running stage; one line for each stage where nobody watches."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        told: set[str] = set()
+
+        def tell(text: str) -> None:
+            stage = text.partition(":")[0]
+            if stage not in told:
+                told.add(stage)
+                click.echo(f"reparam: {stage}", err=True)
+
+        tell("starting")
+        yield tell
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(text)

@@ -1,0 +1,78 @@
+"""Numbers and lists as people read them; shared by every form of the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reparam.passes.base import Refusal, Rewrite
+    from reparam.report.values import Report
+
+SHOWN_PLACES = 3
+
+
+def count(value: int) -> str:
+    """`1,234` below a million, then `5.29 M`, `1.10 G`."""
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:,.0f} {unit}"
+    return f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """A time with three significant digits and the unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size or unit == "us":
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError("the last unit takes everything")
+
+
+def operation_rows(report: Report) -> list[tuple[str, str, str]]:
+    """Name, before, after for each kind of operation that either model has; parameters and multiply-adds always."""
+    rows = []
+    for name, attribute in (
+        ("convolutions", "convolutions"),
+        ("batch norms", "batch_norms"),
+        ("linear layers", "linears"),
+        ("additions", "additions"),
+        ("dropouts", "dropouts"),
+        ("operations in all", "nodes"),
+        ("parameters", "parameters"),
+        ("multiply-adds", "macs"),
+    ):
+        before, after = getattr(report.before, attribute), getattr(report.after, attribute)
+        if before or after or attribute in ("nodes", "parameters", "macs"):
+            rows.append((name, count(before), count(after)))
+    return rows
+
+
+def rewrite_label(rewrite: Rewrite) -> str:
+    """What became what, without names and sizes: `3 Conv2d + 2 BatchNorm2d + add -> Conv2d`."""
+    kinds = Counter(operation.rpartition(": ")[2].partition("(")[0] for operation in rewrite.replaced)
+    replaced = " + ".join(f"{number} {kind}" if number > 1 else kind for kind, number in kinds.items())
+    return f"{replaced or 'nothing'} -> {rewrite.replacement.partition('(')[0] or 'nothing'}"
+
+
+def grouped_rewrites(rewrites: Sequence[Rewrite]) -> list[tuple[str, list[Rewrite]]]:
+    """Rewrites that are alike, under their label, the most frequent first."""
+    groups: dict[str, list[Rewrite]] = {}
+    for rewrite in rewrites:
+        groups.setdefault(rewrite_label(rewrite), []).append(rewrite)
+    return sorted(groups.items(), key=lambda item: -len(item[1]))
+
+
+def grouped_refusals(refusals: Sequence[Refusal]) -> list[tuple[Refusal, list[Refusal]]]:
+    """Refusals with the same subject, reason and remedy, with the first of each to speak for them."""
+    groups: dict[tuple[str, str, str], list[Refusal]] = {}
+    for refusal in refusals:
+        groups.setdefault((refusal.subject, refusal.reason, refusal.remedy), []).append(refusal)
+    return [(group[0], group) for group in sorted(groups.values(), key=len, reverse=True)]
+
+
+def places(items: Sequence[Rewrite] | Sequence[Refusal], shown: int = SHOWN_PLACES) -> str:
+    """The first few places, and how many more there are."""
+    names = [item.where for item in items]
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,162 @@
+"""The report as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from reparam.report.format import (
+    duration,
+    grouped_refusals,
+    grouped_rewrites,
+    operation_rows,
+    places,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from reparam.bench import Timing
+    from reparam.report.values import Report
+
+
+def render_text(report: Report, console: Console, *, verbose: bool = False) -> None:
+    """Prints `report` on `console`.
+
+    Args:
+        verbose: list every rewrite and every place, with the identity applied, and the time each stage took.
+    """
+    console.print(f"[bold]{escape(report.model)}[/bold], captured {_how(report.capture)}")
+    console.print()
+    console.print(_operations(report))
+    for title, lines in (
+        ("Rewritten", _rewrites(report, verbose)),
+        ("Left as it is", _refusals(report, verbose)),
+        ("Equivalence", _equivalence(report)),
+        ("Latency", _latency(report)),
+        ("Written", _files(report)),
+        ("Notes", list(report.notes)),
+        ("Time taken", _seconds(report) if verbose else []),
+    ):
+        if lines:
+            console.print()
+            console.print(f"[bold]{title}[/bold]")
+            for line in lines:
+                console.print(
+                    Padding(line, (0, 0, 0, 2), expand=False)
+                    if not isinstance(line, str)
+                    else Padding(Text(line), (0, 0, 0, 2), expand=False)
+                )
+
+
+def _how(capture: str) -> str:
+    return {"symbolic": "by symbolic tracing", "exported": "by torch.export", "partial": "in part"}.get(
+        capture, capture
+    )
+
+
+def _operations(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, before, after in operation_rows(report):
+        style = "green" if before != after else ""
+        table.add_row(name, before, Text(after, style=style))
+    return table
+
+
+def _rewrites(report: Report, verbose: bool) -> list[RenderableType]:
+    if not report.rewrites:
+        return [Text("nothing: no operation could be folded")]
+    lines: list[RenderableType] = []
+    for label, group in grouped_rewrites(report.rewrites):
+        lines.append(
+            Text.assemble((f"{len(group):>3} x ", "cyan"), label, ("" if verbose else f"  at {places(group)}", "dim"))
+        )
+        if verbose:
+            for rewrite in group:
+                lines.append(
+                    Text(f"      {rewrite.where}: {', '.join(rewrite.replaced)} -> {rewrite.replacement or 'nothing'}")
+                )
+                lines.append(Text(f"        {rewrite.identity}", style="dim"))
+    return lines
+
+
+def _refusals(report: Report, verbose: bool) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    for first, group in grouped_refusals(report.refusals):
+        number = f"{len(group)} x " if len(group) > 1 else ""
+        shown = len(group) if verbose else 3
+        lines.append(Text.assemble((f"{number}{first.subject}", "yellow"), f" at {places(group, shown)}"))
+        remedy = f" {_sentence(first.remedy)}" if first.remedy else ""
+        lines.append(Text(f"  {_sentence(first.reason)}{remedy}", style="dim"))
+    return lines
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _equivalence(report: Report) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    for subject, comparison in (("fused model", report.comparison), ("ONNX file", report.onnx_comparison)):
+        if comparison is None:
+            continue
+        style = "green" if comparison.passed else "bold red"
+        lines.append(Text.assemble(f"{subject}: ", (comparison.summary(), style)))
+        lines += [Text(f"  {_sentence(failure)}", style="red") for failure in comparison.failures[1:6]]
+        lines += [Text(f"  {_sentence(note)}", style="dim") for note in comparison.notes]
+    return lines
+
+
+def _latency(report: Report) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    for subject, timing in (("", report.timing), ("in onnxruntime", report.onnx_timing)):
+        if timing is None:
+            continue
+        if timing.runs == 0:
+            lines.append(Text("not measured: it was interrupted before the first round was complete"))
+            continue
+        threads = f"{timing.threads} thread{'s' if timing.threads != 1 else ''}"
+        partial = ", interrupted" if timing.partial else ""
+        lines.append(
+            Text(
+                f"{subject + ' ' if subject else ''}on {timing.hardware}, {threads}, {timing.runs} paired runs{partial}"
+            )
+        )
+        lines.append(_timing_table(timing))
+        lines += [Text(_sentence(warning), style="yellow") for warning in timing.warnings]
+    return lines
+
+
+def _timing_table(timing: Timing) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    for column in ("median", "95th percentile"):
+        table.add_column(column, justify="right")
+    table.add_column("against " + timing.baseline)
+    medians, p95s, verdicts = timing.medians, timing.p95s, timing.verdicts
+    for label in timing.samples:
+        verdict = verdicts.get(label, "")
+        style = "green" if verdict.startswith("faster") else "yellow" if verdict.startswith("slower") else ""
+        table.add_row(Text(label), duration(medians[label]), duration(p95s[label]), Text(verdict, style=style))
+    return table
+
+
+def _files(report: Report) -> list[RenderableType]:
+    return [Text(path) for path in report.files.values()]
+
+
+def _seconds(report: Report) -> list[RenderableType]:
+    return list(_stages(report))
+
+
+def _stages(report: Report) -> Iterator[Text]:
+    for stage, seconds in report.seconds.items():
+        yield Text(f"{stage}: {duration(seconds)}")

@@ -1,0 +1,251 @@
+"""One run from file to files: load, fuse, verify, export, verify again, measure. A plain function; others print."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reparam.bench import Timing, benchmark
+from reparam.capture.examples import InputSpec, check_runs, example_inputs
+from reparam.capture.load import load
+from reparam.errors import InputError, NotEquivalentError
+from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
+from reparam.inputs import Inputs
+from reparam.pipeline import fuse
+from reparam.report import Report
+from reparam.verify import Comparison, verify
+
+Progress = Callable[[str], None]
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+_ENDINGS = {"onnx": ".onnx", "archive": ".pt2"}
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".pkl", ".model")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `run` is asked to do.
+
+    Attributes:
+        path: the model file.
+        arch, arch_args, key, allow_classes, allow_pickle: as for `reparam.load`.
+        inputs: sizes of the example inputs (`1x3x224x224`, `ids=1x77:int64`); empty asks the model.
+        out: where to write: a folder (which exists, or whose path ends in a separator), or a path to which `.onnx` and
+            `.pt2` are added; None is beside the model, as `NAME.fused.onnx` and `NAME.fused.pt2`.
+        dtype: convert the model to this dtype first; None keeps its own.
+        onnx, archive: which files to write.
+        bench: whether to measure latency; `bench_seconds` long.
+        seed: of the drawn inputs, of verification and of the order of measurements.
+    """
+
+    path: str
+    arch: str | None = None
+    arch_args: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+    allow_classes: tuple[str, ...] = ()
+    allow_pickle: bool = False
+    inputs: tuple[str, ...] = ()
+    out: str | None = None
+    dtype: str | None = None
+    onnx: bool = True
+    archive: bool = True
+    bench: bool = True
+    bench_seconds: float = 5.0
+    seed: int = 0
+
+
+def run(request: Request, progress: Progress | None = None) -> Report:
+    """Loads the model, fuses it, checks the result, writes the files asked for and measures.
+
+    Files appear under their names only after everything that is written was found equivalent to the original.
+
+    Args:
+        progress: called with a few words when a stage starts.
+
+    Returns:
+        The report, with the paths of the files that were written.
+
+    Raises:
+        ReparamError: bad input, or a model that cannot be captured or exported.
+        NotEquivalentError: the fused model or its ONNX file does not agree with the original. Nothing was written; the
+            error carries the report.
+    """
+    stages = _Stages(progress)
+    targets = output_paths(request)
+    with stages("loading the model"):
+        model, inputs, specs = _load(request)
+    result = fuse(model, inputs, seed=request.seed, progress=progress)
+    report = replace(
+        result.report,
+        model=f"{type(model).__name__} from {request.path}",
+        environment={**result.report.environment, "inputs": ", ".join(map(str, specs)), "seed": str(request.seed)},
+    )
+    with _staging(targets) as folder:
+        staged: dict[str, Path] = {}
+        session: OnnxSession | None = None
+        notes: list[str] = []
+        if "archive" in targets:
+            with stages("writing the torch.export archive"):
+                staged["archive"] = export_archive(result.module, inputs, folder / targets["archive"].name)
+        if "onnx" in targets:
+            with stages("writing the ONNX file"):
+                file = export_onnx(result.module, inputs, folder / targets["onnx"].name)
+                session = OnnxSession(file.path, threads=torch.get_num_threads())
+                notes += [f"ONNX: {note}" for note in file.notes]
+            with stages("verifying the ONNX file"):
+                report = replace(report, onnx_comparison=_verify_onnx(model, session, file, inputs, request.seed))
+        report = replace(report, notes=(*report.notes, *notes), seconds={**stages.seconds, **report.seconds})
+        _require_equivalent(report)
+        if request.bench:
+            with stages("measuring latency"):
+                timing = _measure(model, result.module, session, inputs, request, progress)
+            report = replace(report, timing=timing)
+        files = _publish(folder, targets, Path(request.path))
+    return replace(report, files=files, seconds={**report.seconds, **stages.seconds})
+
+
+def _load(request: Request) -> tuple[nn.Module, Inputs, tuple[InputSpec, ...]]:
+    model = load(
+        request.path,
+        request.arch,
+        arch_args=request.arch_args,
+        key=request.key,
+        allow_classes=request.allow_classes,
+        allow_pickle=request.allow_pickle,
+    )
+    if request.dtype is not None:
+        if request.dtype not in DTYPES:
+            raise InputError(f"--dtype {request.dtype} is not known; choose among {', '.join(DTYPES)}")
+        model = model.to(DTYPES[request.dtype])
+    inputs, specs = example_inputs(model, request.inputs, seed=request.seed)
+    check_runs(model, inputs, specs, given=bool(request.inputs))
+    return model, inputs, specs
+
+
+def _verify_onnx(model: nn.Module, session: OnnxSession, file: OnnxFile, inputs: Inputs, seed: int) -> Comparison:
+    """The file in its runtime against the original model; with other sizes where the file leaves them open."""
+    tensors = dict(zip(file.inputs, inputs.tensors(), strict=False))
+    is_open = all(
+        axis in file.dynamic_axes.get(name, {})
+        for name, tensor in tensors.items()
+        for axis in range(tensor.ndim)
+        if axis != 1
+    )
+    return verify(model, session, inputs, seed=seed, vary_shapes=is_open, check_structure=False)
+
+
+def _require_equivalent(report: Report) -> None:
+    comparison = report.onnx_comparison
+    if comparison is not None and not comparison.passed:
+        raise NotEquivalentError(
+            f"the ONNX file does not agree with the original model: {comparison.summary().rstrip('.')}; "
+            "no file was written, pass --no-onnx to write the torch.export archive alone",
+            report,
+        )
+
+
+def _measure(
+    model: nn.Module,
+    fused: nn.Module,
+    session: OnnxSession | None,
+    inputs: Inputs,
+    request: Request,
+    progress: Progress | None,
+) -> Timing:
+    variants: dict[str, Any] = {"original": model, "fused": fused}
+    if session is not None:
+        variants["fused, onnxruntime"] = session
+    share: Callable[[float, str], None] | None = None
+    if progress is not None:
+        announce = progress
+
+        def share(done: float, text: str) -> None:
+            announce(f"measuring latency: {done:.0%}")
+
+    return benchmark(variants, inputs, max_seconds=request.bench_seconds, seed=request.seed, progress=share)
+
+
+def output_paths(request: Request) -> dict[str, Path]:
+    """Kind of file -> where it will be written.
+
+    Raises:
+        InputError: a target is the model file itself, or a folder.
+    """
+    source = Path(request.path).expanduser()
+    name = source.name
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix) or name
+    prefix = source.parent / f"{name}.fused"
+    if request.out is not None:
+        out = Path(request.out).expanduser()
+        if out.is_dir() or request.out.endswith(("/", os.sep)):
+            prefix = out / f"{name}.fused"
+        else:
+            prefix = out.with_suffix("") if out.suffix in _ENDINGS.values() else out
+    wanted = {"onnx": request.onnx, "archive": request.archive}
+    targets = {kind: prefix.with_name(prefix.name + _ENDINGS[kind]) for kind, asked in wanted.items() if asked}
+    for target in targets.values():
+        if target.is_dir():
+            raise InputError(f"{target} is a folder; choose another place with --out")
+        if target.exists() and source.exists() and target.samefile(source):
+            raise InputError(f"{target} is the model file itself, which is never overwritten; choose another --out")
+    return targets
+
+
+@contextmanager
+def _staging(targets: Mapping[str, Path]) -> Iterator[Path]:
+    """A folder on the targets' file system, which is gone afterwards with whatever is left in it."""
+    parent = next(iter(targets.values())).absolute().parent if targets else Path(tempfile.gettempdir())
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".reparam-", dir=parent))
+    except OSError as error:
+        raise InputError(f"{parent} cannot be written to ({error.strerror}); choose another place with --out") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, targets: Mapping[str, Path], source: Path) -> dict[str, str]:
+    """Moves everything staged into its place; an ONNX file's external data goes first, so that it is never without."""
+    files: dict[str, str] = {}
+    try:
+        for target in targets.values():
+            target.parent.mkdir(parents=True, exist_ok=True)
+        for staged in sorted(folder.iterdir(), key=lambda path: path.suffix != ".data"):
+            target = next(iter(targets.values())).with_name(staged.name)
+            if target.exists() and target.samefile(source):
+                raise InputError(f"{target} is the model file itself, which is never overwritten; choose another --out")
+            os.replace(staged, target)
+    except OSError as error:
+        raise InputError(f"the files cannot be written ({error}); choose another place with --out") from None
+    for kind, target in targets.items():
+        files[kind] = str(target)
+    return files
+
+
+class _Stages:
+    """Announces stages and keeps their wall-clock times, in seconds."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self._progress is not None:
+            self._progress(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
