@@ -158,6 +158,11 @@ class AffineMap:
         weight = Deferred(lambda w: w.reshape(shape), self.weight)
         return AffineMap(self.geometry.with_rank(rank), weight, self.bias, self.is_identity)
 
+    @property
+    def linear_part(self) -> AffineMap:
+        """The map without its bias."""
+        return self if self.bias is None else AffineMap(self.geometry, self.weight)
+
     def tensors(self, memo: dict[Deferred, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in float64."""
         memo = {} if memo is None else memo

@@ -72,7 +72,7 @@ class CostModel:
         moved = sum(t.numel * t.dtype.itemsize for t in (*sources, out))
         module = module_of(node, root)
         if module is not None:
-            moved += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+            moved += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False) if p.ndim > 1)
         macs = 0
         for made in maps:
             if not made.geometry.is_diagonal:

@@ -119,8 +119,9 @@ class Region:
                     continue
                 if self.affine[operand].axis != affine.axis:
                     return Blocked(operand, node, Inexact(_AXES, "give both layers one channel axis"))
-                for term in inner.terms:
-                    composed = _composed(term.map, map_)
+                for index, term in enumerate(inner.terms):
+                    # Of a sum, only one summand may carry the next map's shift.
+                    composed = _composed(term.map, map_ if index == 0 else map_.linear_part)
                     if isinstance(composed, Inexact):
                         return Blocked(operand, node, composed)
                     terms = self._with_term(terms, Term(term.source, composed), affine.axis)

@@ -19,6 +19,8 @@ from reparam.passes.base import Cost
 from reparam.passes.cost import CostModel
 from reparam.passes.region import Blocked, Form, Region, Term
 
+# A launch is dear on small examples only: what computes more than this is not chosen to save launches.
+_MOST_MACS = 1.1
 _MOST_CUTS = 8
 _DEEPEST_CUT = 2
 _LARGEST_CONE = 400
@@ -28,7 +30,7 @@ _LARGEST_CONE = 400
 class Solution:
     """The real nodes inside one cone, and what running them costs."""
 
-    seconds: float
+    cost: Cost
     real: frozenset[fx.Node]
 
 
@@ -97,16 +99,17 @@ class Search:
         consumers = self._consumers(node, real)
         if not consumers:
             return real
-        before = self._seconds(node, real) + sum(self._seconds(other, real) for other in consumers)
+        before = sum((self._now(other, real) for other in consumers), self._now(node, real))
         fewer = real - {node}
-        after, added = 0.0, set()
+        after, added = Cost(), set[fx.Node]()
         for other in consumers:
             solution = self._solve(other, fewer)
             if node in solution.real:
                 return real
-            after += solution.seconds
+            after += solution.cost
             added |= solution.real
-        return fewer | added if after < before * (1 - 1e-6) else real
+        cheaper = after.seconds < before.seconds * (1 - 1e-6) and after.macs <= before.macs * _MOST_MACS
+        return fewer | added if cheaper else real
 
     def _consumers(self, node: fx.Node, real: set[fx.Node]) -> list[fx.Node]:
         """The real nodes whose cones read this one."""
@@ -122,29 +125,26 @@ class Search:
                 pending.extend(user.users)
         return sorted(found, key=self._region.order.__getitem__)
 
-    def _seconds(self, node: fx.Node, real: set[fx.Node]) -> float:
+    def _now(self, node: fx.Node, real: set[fx.Node]) -> Cost:
         cone = self._region.cone(node, real)
         form = None if len(cone) == 1 else self._region.form(cone, real)
-        if form is None or isinstance(form, Blocked):
-            return self.native(node).seconds
-        return self.price(node, form).seconds
+        return self.native(node) if form is None or isinstance(form, Blocked) else self.price(node, form)
 
     def _solve(self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], depth: int = 0) -> Solution:
         cone = self._region.cone(node, set(real))
         if len(cone) == 1:
-            return Solution(self.native(node).seconds, frozenset({node}))
-        as_it_is = Solution(sum(self.native(n).seconds for n in cone), frozenset(cone))
+            return Solution(self.native(node), frozenset({node}))
+        as_it_is = Solution(sum((self.native(n) for n in cone), Cost()), frozenset(cone))
         if len(cone) > _LARGEST_CONE:
             return as_it_is
         form = self._region.form(cone, set(real))
         blocked = form if isinstance(form, Blocked) else self._unwritable(node, form, cone)
         if blocked is not None:
             self.blocked[(blocked.node, blocked.user)] = blocked.why
-            return min(as_it_is, self._cut(node, real, {blocked.node}, depth), key=lambda s: s.seconds)
+            return _best([as_it_is, self._cut(node, real, {blocked.node}, depth)])
         assert isinstance(form, Form)
-        collapsed = Solution(self.price(node, form).seconds, frozenset({node}))
-        largest = max(self.native(n).seconds for n in cone)
-        if len(form.terms) == 1 and collapsed.seconds <= largest * (1 + 1e-9):
+        collapsed = Solution(self.price(node, form), frozenset({node}))
+        if len(form.terms) == 1 and self._no_dearer_than_one(collapsed.cost, cone):
             return collapsed
         options = [as_it_is]
         if len(form.terms) > 1:
@@ -153,20 +153,26 @@ class Search:
                 options.append(self._cut(node, real, operands, depth))
         if depth < _DEEPEST_CUT:
             options += [self._cut(node, real, {cut}, depth + 1) for cut in self._places_to_cut(node, cone)]
-        return min([*options, collapsed], key=lambda s: (round(s.seconds * 1e10), -len(s.real)))
+        return _best([*options, collapsed])
+
+    def _no_dearer_than_one(self, cost: Cost, cone: list[fx.Node]) -> bool:
+        """Whether the whole cone costs no more than its largest operation does alone, so that nothing can beat it."""
+        seconds = max(self.native(node).seconds for node in cone)
+        macs = max(self.native(node).macs for node in cone)
+        return cost.seconds <= seconds * (1 + 1e-6) and cost.macs <= max(macs, 1) * _MOST_MACS
 
     def _cut(
         self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], cuts: set[fx.Node], depth: int
     ) -> Solution:
         """The cone of `node` with `cuts` real: what is above them, and each of them in turn."""
         inner = frozenset(real) | cuts
-        seconds, found = 0.0, frozenset[fx.Node]()
+        cost, found = Cost(), frozenset[fx.Node]()
         for part in [*sorted(cuts, key=self._region.order.__getitem__), node]:
             solution = self._solve(part, inner, depth)
-            seconds += solution.seconds
+            cost += solution.cost
             found |= solution.real
             inner |= solution.real
-        return Solution(seconds, found)
+        return Solution(cost, found)
 
     def _unwritable(self, node: fx.Node, form: Form, cone: list[fx.Node]) -> Blocked | None:
         tensor = info(node)
@@ -196,6 +202,13 @@ class Search:
                 tensor = info(other)
                 places.append((tensor.numel if tensor else 0, self._region.order[other], other))
         return [other for _, _, other in sorted(places)[:_MOST_CUTS]]
+
+
+def _best(options: list[Solution]) -> Solution:
+    """The fastest that does not compute much more than the one that computes least; nearer to the original on a tie."""
+    fewest = min(option.cost.macs for option in options)
+    lean = [option for option in options if option.cost.macs <= fewest * _MOST_MACS]
+    return min(lean, key=lambda option: (round(option.cost.seconds * 1e10), -len(option.real)))
 
 
 def _only_scales(maps: tuple[AffineMap, ...]) -> bool:
