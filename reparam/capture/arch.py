@@ -75,7 +75,7 @@ def _library(module: str, arch: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = error.name or package
+        missing = (error.name or package).partition(".")[0]
         raise InputError(
             f"--arch {arch} needs the package {missing}, which is not installed; install it and try again"
         ) from None
