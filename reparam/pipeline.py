@@ -5,7 +5,6 @@ capture -> normal form -> passes -> module -> verification -> report
 
 from __future__ import annotations
 
-import gc
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,14 @@ from reparam.capture.captured import Captured
 from reparam.capture.trace import capture
 from reparam.errors import InputError, NotEquivalentError
 from reparam.graph.count import count_operations
+from reparam.graph.emit import float64_twin, forget_float64
 from reparam.graph.normal import normalise, restore_in_place
 from reparam.inputs import ExampleInputs
 from reparam.passes import PIPELINE, Pass
 from reparam.passes.base import Refusal, Rewrite
 from reparam.report import Report
-from reparam.verify import Comparison, verify
+from reparam.verify import Comparison
+from reparam.verify import verify as verify_modules
 
 Progress = Callable[[str], None]
 
@@ -87,6 +88,7 @@ def fuse(
     if level != "off":
         with stages("verifying"):
             comparison = _verified(model, module, captured, level, seed)
+    forget_float64(module.graph)
     report = Report(
         model=captured.name,
         capture=captured.how,
@@ -136,9 +138,9 @@ def _built(captured: Captured, model: nn.Module) -> fx.GraphModule:
 
 
 def _verified(model: nn.Module, module: nn.Module, captured: Captured, level: str, seed: int) -> Comparison:
-    comparison = verify(model, module, captured.inputs, level=level, seed=seed)
-    gc.collect()
-    return comparison
+    with torch.no_grad():
+        twin = None if any(p.dtype == torch.float64 for p in model.parameters()) else float64_twin(module)
+    return verify_modules(model, module, captured.inputs, level=level, seed=seed, candidate_float64=twin)
 
 
 def _level(requested: bool | str) -> str:

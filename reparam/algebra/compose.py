@@ -142,7 +142,9 @@ def _then_bias(f: AffineMap, g: AffineMap) -> Deferred | None:
     groups = g.geometry.groups
 
     def carried(b1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("gom,gm->go", _blocks(w2.reshape(*w2.shape[:2], -1).sum(-1), groups), b1.reshape(groups, -1)).reshape(-1)
+        return torch.einsum(
+            "gom,gm->go", _blocks(w2.reshape(*w2.shape[:2], -1).sum(-1), groups), b1.reshape(groups, -1)
+        ).reshape(-1)
 
     return added_bias(Deferred(carried, f.bias, g.weight), g.bias)
 

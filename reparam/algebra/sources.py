@@ -28,9 +28,7 @@ def from_conv(
     """A convolution; `weight` is `[C_out, C_in / groups, *k]`. A 1x1 kernel that moves nothing becomes rank 0."""
     kernel = tuple(weight.shape[2:])
     channels = (weight.shape[1] * groups, weight.shape[0])
-    pointwise = (
-        all(k == 1 for k in kernel) and all(s == 1 for s in stride) and all(pair == (0, 0) for pair in padding)
-    )
+    pointwise = all(k == 1 for k in kernel) and all(s == 1 for s in stride) and all(pair == (0, 0) for pair in padding)
     if pointwise:
         return AffineMap.of(Geometry(*channels, groups), weight.flatten(1), bias)
     ones = (1,) * len(kernel)

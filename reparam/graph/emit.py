@@ -6,8 +6,10 @@ are rounded to the model's dtype here, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +56,7 @@ class Layer:
         pad_mode: mode for `F.pad`.
         scale, shift: for a plain scale and shift, shaped to broadcast.
         description: `Conv2d(64, 64, 3x3)`.
+        float64: makes the same layer before its weights were rounded.
     """
 
     module: nn.Module | None
@@ -62,10 +65,38 @@ class Layer:
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     description: str = ""
+    float64: Callable[[], Layer | Inexact] | None = None
 
 
 def layer_for(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | None) -> Layer | Inexact:
     """The layer that computes `map_` (without its own bias) plus `bias`, for results shaped and typed `like`."""
+    layer = _layer(map_, like, axis, bias)
+    if isinstance(layer, Inexact) or like.dtype == torch.float64:
+        return layer
+    return replace(layer, float64=partial(_layer, map_, replace(like, dtype=torch.float64), axis, bias))
+
+
+def float64_twin(module: fx.GraphModule) -> fx.GraphModule:
+    """A float64 copy of a fused module whose new layers hold their weights as they were before rounding."""
+    twin = copy.deepcopy(module).double()
+    for node in module.graph.nodes:
+        make = node.meta.get("float64")
+        layer = None if make is None else make()
+        if isinstance(layer, Layer) and layer.module is not None:
+            set_module(twin, str(node.target), layer.module)
+        elif isinstance(layer, Layer):
+            path, _, name = str(node.target).rpartition(".")
+            twin.get_submodule(path).register_buffer(name, getattr(layer, name))
+    return twin
+
+
+def forget_float64(graph: fx.Graph) -> None:
+    """Drops what `float64_twin` needs, and with it the last hold on the original's weights."""
+    for node in graph.nodes:
+        node.meta.pop("float64", None)
+
+
+def _layer(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | None) -> Layer | Inexact:
     geometry = map_.geometry
     if geometry.rank == 0 and not geometry.is_diagonal and axis == len(like.shape) - 1:
         map_ = regrouped(map_, 1)
@@ -103,8 +134,7 @@ def insert(
         total = values[0]
         for value in values[1:]:
             total = graph.call_function(torch.add, (total, value))
-            total.meta["fresh"] = True
-    for node in values + [total]:
+    for node in [*values, total]:
         if "tensor" not in node.meta:
             node.meta["tensor"] = info(before)
             node.meta["module_path"] = before.meta.get("module_path", "")
@@ -121,7 +151,7 @@ def _call(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer, path:
         source.meta["tensor"] = tensor
     set_module(root, path, layer.module)
     node = graph.call_module(path, (source,))
-    node.meta["written_path"] = path
+    node.meta["float64"] = layer.float64
     return node
 
 
@@ -133,6 +163,7 @@ def _scale_shift(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer
         holder.register_buffer(name, value)
         node = graph.get_attr(f"{path}.{name}")
         node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
+        node.meta["float64"] = layer.float64
         return node
 
     if layer.scale is None:
@@ -158,9 +189,7 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(owner, name, module)
 
 
-def _convolution(
-    geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | None, like: TensorInfo
-) -> Layer:
+def _convolution(geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | None, like: TensorInfo) -> Layer:
     weight = weight.reshape(geometry.weight_shape)
     options: dict[str, Any] = {"dilation": geometry.dilation, "groups": geometry.groups, "bias": bias is not None}
     channels = (geometry.in_channels, geometry.out_channels, geometry.kernel)

@@ -265,7 +265,7 @@ def _scaled(call: Call, x: fx.Node, scale: Any, shift: Any) -> Lifted | Inexact:
     return Lifted((x,), make, axis)
 
 
-def _varying_axis(value: Any, shape: tuple[int, ...]) -> int | None | Inexact:
+def _varying_axis(value: Any, shape: tuple[int, ...]) -> int | Inexact | None:
     if not isinstance(value, torch.Tensor):
         return None
     if value.dtype.is_complex:

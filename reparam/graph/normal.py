@@ -271,5 +271,3 @@ def _has_effect(node: fx.Node) -> bool:
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "require_value":
         return True
     return node.op == "call_function" and bool(node.is_impure())
-
-

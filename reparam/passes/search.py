@@ -161,9 +161,7 @@ class Search:
         macs = max(self.native(node).macs for node in cone)
         return cost.seconds <= seconds * (1 + 1e-6) and cost.macs <= max(macs, 1) * _MOST_MACS
 
-    def _cut(
-        self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], cuts: set[fx.Node], depth: int
-    ) -> Solution:
+    def _cut(self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], cuts: set[fx.Node], depth: int) -> Solution:
         """The cone of `node` with `cuts` real: what is above them, and each of them in turn."""
         inner = frozenset(real) | cuts
         cost, found = Cost(), frozenset[fx.Node]()
