@@ -116,7 +116,7 @@ class LargeKernel(nn.Module):
 
 
 class LargeKernelBlock(nn.Module):
-    """RepLKNet's block: `x + BN(1x1 relu(large(relu(BN(1x1 BN(x))))))`; the first BatchNorm stands in front of a 1x1."""
+    """RepLKNet's block: `x + BN(1x1 relu(large(relu(BN(1x1 BN(x))))))`; the innermost BatchNorm precedes a 1x1."""
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
