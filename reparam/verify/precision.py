@@ -79,12 +79,10 @@ def run(model: Callable[..., Any], inputs: Inputs, *, seed: int, dtype: torch.dt
 
 
 def disturbed(candidate: nn.Module, original: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module | None:
-    """A float64 copy of `candidate` whose changed weights are wrong by about what arithmetic in `dtype` makes them.
+    """A float64 copy of `candidate` whose changed weights are wrong by what rounding them to `dtype` makes them wrong.
 
-    A weight that folding has changed and rounded is known only to a unit roundoff u; folding in `dtype` itself rounds
-    the factor of a whole channel as well, and a bias by u of the terms that cancelled in it. Each changed element moves
-    by +-u of itself (of the RMS of the tensor for vectors), and each slice along dim 0 by +-u. An element that stands
-    unchanged in the original has no such excuse and stays.
+    Each element moves by up to a unit roundoff of itself. One that stands unchanged in the original has not been
+    rounded and stays: a candidate is excused for no more than it did.
 
     Returns:
         None if nothing was changed.
@@ -140,17 +138,10 @@ def first_line(error: BaseException) -> str:
 
 
 def _rounding(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Uniform in +-u of each element; below the smallest normal number the spacing is constant."""
     info = torch.finfo(dtype)
-    signs = torch.randint(0, 2, weight.shape, generator=generator).mul_(2).sub_(1).to(weight)
-    size = weight.abs()
-    if weight.dim() == 1:
-        size = torch.hypot(size, size.square().mean().sqrt())
-    elif weight.dim() > 1:
-        shape = [weight.shape[0]] + [1] * (weight.dim() - 1)
-        signs += torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).to(weight)
-    # Below the smallest normal number the spacing is constant.
-    step = (size * (info.eps / 2)).clamp_min(info.tiny * info.eps / 2)
-    return signs * step
+    draws = torch.rand(weight.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(weight.device)
+    return draws * (weight.abs() * (info.eps / 2)).clamp_min(info.tiny * info.eps / 2)
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[torch.Size, float, float]:
