@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -130,7 +131,10 @@ def _print_error(error: ReparamError, *, as_json: bool, verbose: bool) -> None:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120  # a log or a file has no width of its own, and 80 columns break most places in two
+    return console
 
 
 @contextlib.contextmanager

@@ -58,3 +58,13 @@ def importable_current_folder() -> Iterator[None]:
 def first_line(error: object) -> str:
     """The first line of an error's message, without its full stop."""
     return str(error).strip().split("\n")[0].rstrip(".")[:200]
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """`text` on one line, at most `most` characters, without anything that a terminal would take for a command.
+
+    Names in a message may come from a file that somebody wrote to harm.
+    """
+    line = " ".join(text.split())
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return line if len(line) <= most else f"{line[: most - 3]}..."

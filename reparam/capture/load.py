@@ -20,6 +20,7 @@ from reparam.capture.checkpoint import (
     select_key,
 )
 from reparam.capture.formats import Format, identify
+from reparam.capture.imports import printable
 from reparam.capture.pickles import read_pickle
 from reparam.errors import InputError
 
@@ -59,6 +60,29 @@ def load(
         InputError: one sentence that says what is wrong with the file and what to do.
     """
     file = Path(fspath(path)).expanduser()
+    try:
+        model = _load(file, arch, arch_args, key, allow_classes, allow_pickle, map_location)
+        check_finite(model, file)
+        return model.eval()
+    except InputError as error:
+        raise InputError(printable(str(error))) from error.__cause__
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, RecursionError) as error:
+        # A pickle can hold a layer whose insides are not what a layer's are.
+        raise InputError(
+            f"{file} holds a model that is damaged or of another torch "
+            f"({printable(f'{type(error).__name__}: {error}', 200)}); save it again"
+        ) from error
+
+
+def _load(
+    file: Path,
+    arch: Arch | None,
+    arch_args: Mapping[str, Any] | None,
+    key: str | None,
+    allow_classes: Iterable[str | type],
+    allow_pickle: bool,
+    map_location: Any,
+) -> nn.Module:
     file_format = identify(file)
     if file_format in _NO_MODULE:
         raise InputError(
@@ -73,19 +97,10 @@ def load(
         )
     if key:
         content = select_key(content, key, file)
-    try:
-        model = _model_from(content, arch, arch_args, file)
-        if isinstance(map_location, (str, torch.device)) and arch is not None:
-            model = model.to(map_location)
-        check_finite(model, file)
-        return model.eval()
-    except InputError:
-        raise
-    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, RecursionError) as error:
-        # A pickle can hold a layer whose insides are not what a layer's are.
-        raise InputError(
-            f"{file} holds a model that is damaged or of another torch ({type(error).__name__}: {error}); save it again"
-        ) from error
+    model = _model_from(content, arch, arch_args, file)
+    if isinstance(map_location, (str, torch.device)) and arch is not None:
+        model = model.to(map_location)
+    return model
 
 
 def _model_from(content: Any, arch: Arch | None, arch_args: Mapping[str, Any] | None, file: Path) -> nn.Module:

@@ -51,16 +51,23 @@ def operation_rows(report: Report) -> list[tuple[str, str, str]]:
 def rewrite_label(rewrite: Rewrite) -> str:
     """What became what, without names and sizes: `3 Conv2d + 2 BatchNorm2d + add -> Conv2d`."""
     kinds = Counter(operation.rpartition(": ")[2].partition("(")[0] for operation in rewrite.replaced)
-    replaced = " + ".join(f"{number} {kind}" if number > 1 else kind for kind, number in kinds.items())
+    ordered = sorted(kinds.items(), key=lambda item: (_rank(item[0]), item[0]))
+    replaced = " + ".join(f"{number} {kind}" if number > 1 else kind for kind, number in ordered)
     return f"{replaced or 'nothing'} -> {rewrite.replacement.partition('(')[0] or 'nothing'}"
 
 
+def _rank(kind: str) -> int:
+    """Layers before norms before the rest, so that one kind of rewrite has one label."""
+    words = ("conv", "linear", "norm")
+    return next((rank for rank, word in enumerate(words) if word in kind.lower()), len(words))
+
+
 def grouped_rewrites(rewrites: Sequence[Rewrite]) -> list[tuple[str, list[Rewrite]]]:
-    """Rewrites that are alike, under their label, the most frequent first."""
+    """Rewrites that are alike, under their label, the most frequent first; what was merely removed comes last."""
     groups: dict[str, list[Rewrite]] = {}
     for rewrite in rewrites:
         groups.setdefault(rewrite_label(rewrite), []).append(rewrite)
-    return sorted(groups.items(), key=lambda item: -len(item[1]))
+    return sorted(groups.items(), key=lambda item: (not item[1][0].replacement, -len(item[1])))
 
 
 def grouped_refusals(refusals: Sequence[Refusal]) -> list[tuple[Refusal, list[Refusal]]]:

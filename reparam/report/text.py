@@ -47,11 +47,12 @@ def render_text(report: Report, console: Console, *, verbose: bool = False) -> N
             console.print()
             console.print(f"[bold]{title}[/bold]")
             for line in lines:
-                console.print(
-                    Padding(line, (0, 0, 0, 2), expand=False)
-                    if not isinstance(line, str)
-                    else Padding(Text(line), (0, 0, 0, 2), expand=False)
-                )
+                console.print(_indented(Text(line) if isinstance(line, str) else line, 2))
+
+
+def _indented(line: RenderableType, columns: int) -> Padding:
+    """`line` moved to the right, with whatever it wraps into."""
+    return Padding(line, (0, 0, 0, columns), expand=False)
 
 
 def _how(capture: str) -> str:
@@ -81,10 +82,9 @@ def _rewrites(report: Report, verbose: bool) -> list[RenderableType]:
         )
         if verbose:
             for rewrite in group:
-                lines.append(
-                    Text(f"      {rewrite.where}: {', '.join(rewrite.replaced)} -> {rewrite.replacement or 'nothing'}")
-                )
-                lines.append(Text(f"        {rewrite.identity}", style="dim"))
+                what = f"{', '.join(rewrite.replaced)} -> {rewrite.replacement or 'nothing'}"
+                lines.append(_indented(Text(f"{rewrite.where}: {what}"), 4))
+                lines.append(_indented(Text(rewrite.identity, style="dim"), 6))
     return lines
 
 
@@ -95,7 +95,7 @@ def _refusals(report: Report, verbose: bool) -> list[RenderableType]:
         shown = len(group) if verbose else 3
         lines.append(Text.assemble((f"{number}{first.subject}", "yellow"), f" at {places(group, shown)}"))
         remedy = f" {_sentence(first.remedy)}" if first.remedy else ""
-        lines.append(Text(f"  {_sentence(first.reason)}{remedy}", style="dim"))
+        lines.append(_indented(Text(f"{_sentence(first.reason)}{remedy}", style="dim"), 2))
     return lines
 
 
@@ -110,8 +110,8 @@ def _equivalence(report: Report) -> list[RenderableType]:
             continue
         style = "green" if comparison.passed else "bold red"
         lines.append(Text.assemble(f"{subject}: ", (comparison.summary(), style)))
-        lines += [Text(f"  {_sentence(failure)}", style="red") for failure in comparison.failures[1:6]]
-        lines += [Text(f"  {_sentence(note)}", style="dim") for note in comparison.notes]
+        lines += [_indented(Text(_sentence(failure), style="red"), 2) for failure in comparison.failures[1:6]]
+        lines += [_indented(Text(_sentence(note), style="dim"), 2) for note in comparison.notes]
     return lines
 
 

@@ -199,3 +199,12 @@ def test_mutated_files_never_end_in_anything_but_a_model_or_a_sentence(tmp_path:
             sentences.append(str(error))
     assert len(sentences) > 100
     assert not any("\n" in sentence for sentence in sentences)
+
+
+def test_names_from_a_file_cannot_command_the_terminal(tmp_path: Path) -> None:
+    torch.save({"\x1b[2J\r\nreparam: all is well": 1, "x" * 10_000: 2}, tmp_path / "model.pt")
+    with pytest.raises(InputError) as caught:
+        load(tmp_path / "model.pt")
+    assert "\\x1b[2J reparam: all is well" in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 2000

@@ -14,7 +14,7 @@ from rich.console import Console
 from reparam.bench import Ratio, Timing
 from reparam.passes.base import Place, Refusal, Rewrite
 from reparam.report import OperationCounts, Report
-from reparam.report.format import count, duration, rewrite_label
+from reparam.report.format import count, duration, grouped_rewrites, rewrite_label
 from reparam.report.text import render_text
 from reparam.verify import Comparison
 
@@ -166,8 +166,14 @@ def test_durations_are_readable(value: float, expected: str) -> None:
 
 def test_labels_count_what_went() -> None:
     place = Place("block")
-    branches = ("b.0: Conv2d", "b.1: BatchNorm2d", "c.0: Conv2d", "c.1: BatchNorm2d", "add")
+    branches = ("b.1: BatchNorm2d", "add", "b.0: Conv2d", "c.0: Conv2d", "c.1: BatchNorm2d")
     assert rewrite_label(Rewrite("collapse", place, branches, "Conv2d(3, 4, 3x3)", "")) == (
         "2 Conv2d + 2 BatchNorm2d + add -> Conv2d"
     )
     assert rewrite_label(Rewrite("inference_form", place, ("drop: Dropout(p=0.1)",), "", "")) == "Dropout -> nothing"
+
+
+def test_what_was_merely_removed_comes_last() -> None:
+    removed = Rewrite("inference_form", Place("drop"), ("drop: Dropout",), "", "")
+    labels = [label for label, _ in grouped_rewrites((removed, removed, rewrite(0)))]
+    assert labels == ["Conv2d + BatchNorm2d -> Conv2d", "Dropout -> nothing"]
