@@ -102,9 +102,11 @@ def _lack_of_evidence(run: Sequence[CaseResult], outputs: Sequence[OutputCompari
     """A comparison that could not have failed has not passed."""
     if not any(output.elements for output in outputs):
         return ("nothing finite was compared, so nothing is known",)
-    compared = [output for output in outputs if output.elements and output.numeric_ratio is not None]
-    if compared and all(_hopeless(output) for output in compared):
-        return ("the original's own rounding noise is so large on every input that nothing can be told",)
+    drowned = [output.name for output in run[0].outputs if output.numeric_ratio is not None and _hopeless(output)]
+    if drowned:
+        return (
+            f"{drowned[0]}: the original's own rounding noise on {run[0].name} is so large that nothing can be told",
+        )
     by_name: dict[str, int] = {}
     for output in outputs:
         by_name[output.name] = by_name.get(output.name, 0) + output.elements
