@@ -29,7 +29,7 @@ COUNTED = [case for case in BLOCKS if int(case.since) <= COUNTED_UP_TO and case.
 LAYERS = ("conv", "bn", "linear")
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def fused(name: str) -> tuple[torch.nn.Module, Any]:
     """(original, result) in float64 of the case called `name`; skips a block that may be refused as a whole and is."""
     case = next(case for case in BLOCKS if case.name == name)
@@ -48,10 +48,11 @@ def by_name(case: BlockCase) -> str:
 
 @pytest.mark.parametrize("case", BLOCKS, ids=by_name)
 def test_block_is_a_fair_test(case: BlockCase) -> None:
-    """The original reacts to its input everywhere, and differs from itself with untouched statistics."""
+    """The original reacts to its input almost everywhere, and is not all zero behind its ReLU."""
     model = case.make()
     first, second = run(model, case.inputs()), run(model, 2 * case.inputs() + 1)
     assert torch.isfinite(first).all()
+    assert (first != 0).float().mean() > 0.2
     assert (first != second).flatten(2 if first.ndim > 2 else 1).any(-1).float().mean() > 0.5
 
 

@@ -77,7 +77,7 @@ def test_folded_or_refused_with_a_reason(trap: Trap) -> None:
     assert {kind: static[kind] for kind in expected} == expected, refusals
     assert {kind: executed[kind] for kind in expected} == expected, refusals
     about_norms = [text for text in refusals if "norm" in text.lower()]
-    assert executed["bn"] <= len(about_norms), refusals
+    assert static["bn"] <= len(about_norms), refusals
     if trap.mentions:
         assert any(word in text.lower() for text in refusals for word in trap.mentions), refusals
 

@@ -89,7 +89,7 @@ class Scaled(nn.Module):
             y.add_(self.shift)
             return F.relu_(y)
         if self.spelling == "scalars":
-            return F.relu((2 * y / 3 - 1) * self.scalar)
+            return F.relu((2 * y / 3 - 0.1) * self.scalar)
         return F.relu(torch.sub(torch.neg(y), self.shift, alpha=0.5).div(self.scale))
 
 

@@ -57,7 +57,7 @@ class RepVGG(nn.Module):
         return y
 
     def gate(self, y: torch.Tensor) -> torch.Tensor:
-        mean = y.mean(tuple(range(2, y.ndim)), keepdim=True)
+        mean = y.mean((2, 3), keepdim=True)
         return y * torch.sigmoid(self.expand(F.relu(self.squeeze(mean))))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ PEERS = [
     Trap("norm_without_affine", without_affine, IMAGE, _ONE),
     Trap("registered_in_another_order", OtherOrder, IMAGE, {"conv": 2, "bn": 0}),
     Trap("norm_before_padded_conv", norm_first, IMAGE),
-    Trap("relu_between_conv_and_norm", relu_between, IMAGE, {"conv": 1, "bn": 1}, ("relu", "nonlinear", "affine")),
+    Trap("relu_between_conv_and_norm", relu_between, IMAGE, {"conv": 1, "bn": 1}, ("relu", "linear", "affine")),
     Trap("three_branches", lambda: RepVGG(2, 4, 4), IMAGE, _ONE),
     Trap("grouped_branches_with_identity", lambda: RepVGG(2, 6, 6, groups=3), (2, 6, 7, 8), _ONE),
     Trap(
