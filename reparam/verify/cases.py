@@ -148,8 +148,8 @@ class _Maker:
         return None if self.batch is None else (2 if self.batch == 1 else 1)
 
     def odd_sizes(self) -> dict[int, int] | None:
-        """For each size of an image an odd one, about a quarter where that leaves at least 33; None without images."""
-        return {size: _odd(size // 4 if size >= 132 else size - 1) for size in self._sizes()} or None
+        """For each size of an image an odd one, a quarter but at least 33 if that saves half; None without images."""
+        return {size: _odd(max(33, size // 4) if size >= 66 else size - 1) for size in self._sizes()} or None
 
     def near_sizes(self) -> dict[int, int] | None:
         """For each size of an image an odd one a little larger; None without images."""

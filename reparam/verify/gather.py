@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from reparam.verify.comparison import CaseResult, Comparison, OutputComparison
-from reparam.verify.measure import Measured, Rules, verdict
+from reparam.verify.measure import verdict
+from reparam.verify.measured import Measured, Rules
 from reparam.verify.outputs import Flat
 
 # An original whose own noise is a tenth of its output can vouch for nothing.

@@ -29,6 +29,7 @@ LUCK_DEVIATIONS = 3.0
 FLOOR_ULPS = 4.0
 # Multiple of the original's noise up to which the rounding of the candidate's own weights is excused.
 MAX_WEIGHT_ROUNDING = 4.0
+FEW_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,17 @@ def judge(
     return worst
 
 
-def effective_scale(truth: torch.Tensor, noise: torch.Tensor, factor: float, floor: float) -> torch.Tensor:
-    """What the error of each slice is divided by so that `floor` is its bar: its peak, or what its noise explains."""
-    return torch.maximum(truth, _bars(truth, noise, factor, floor, 0.0) / floor)
+def effective_scale(
+    truth: torch.Tensor, noise: torch.Tensor, factor: float, floor: float, elements: int
+) -> torch.Tensor:
+    """What the error of each slice is divided by when it is reported.
+
+    Its peak; or, if larger, the scale at which `floor` is what its noise explains. The peak of a few elements says
+    nothing of the scale of the terms they were summed from (one logit of a thousand is nearly zero by chance), so a
+    slice of fewer than `FEW_ELEMENTS` takes its peers' median if that is larger.
+    """
+    scale = torch.maximum(truth, _bars(truth, noise, factor, floor, 0.0) / floor)
+    return scale.clamp_min(float(truth.median())) if elements < FEW_ELEMENTS else scale
 
 
 def _slice_ratios(

@@ -6,7 +6,7 @@ long enough to take their spreads, `verdict` judges. `compare_outputs` is both i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,72 +14,16 @@ import torch
 from reparam.verify import metrics
 from reparam.verify.comparison import OutputComparison
 from reparam.verify.judge import FLOOR_ULPS, Judgement, Spread, effective_scale, judge, spread, with_weight_rounding
+from reparam.verify.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Measured, Rules, Runs
 from reparam.verify.nonfinite import count, nonfinite, same_nonfinite
 from reparam.verify.outputs import Flat, flatten, renamed, structure_failures
 
-ALGEBRA_TOLERANCE = 1e-10
-NOISE_FACTOR = 2.0
 # Rounding noise scales with a dtype's unit roundoff; the factor allows for kernels of two dtypes summing in different
 # orders.
 _NOISE_MARGIN = 8.0
 # The disturbed weights show one rounding. Folding within the deployment dtype, as most tools do, rounds several times
 # and the factor of a channel coherently; that is still rounding and not wrong algebra. Measured ratios reach 1.8.
 _FOLD_ROUNDINGS = 3.0
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How strict a comparison is.
-
-    Attributes:
-        noise_factor: multiple of the original's noise that is allowed.
-        algebra_tolerance: scaled float64 difference that is allowed.
-        dtype: the deployment dtype.
-        check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
-    """
-
-    noise_factor: float = NOISE_FACTOR
-    algebra_tolerance: float = ALGEBRA_TOLERANCE
-    dtype: torch.dtype = torch.float32
-    check_dtypes: bool = True
-    check_structure: bool = True
-
-
-@dataclass(frozen=True)
-class Runs:
-    """What the models returned on one input; flattened.
-
-    Attributes:
-        truth: the original in float64.
-        original, candidate: in the deployment dtype.
-        candidate64: the candidate in float64; None if the algebra is not asked.
-        rounded64: the candidate in float64 with its changed weights disturbed by a rounding, to see what that costs;
-            None if none were changed.
-        algebra_is_exact: whether `candidate64` has unrounded weights, so that the algebra needs no allowance for that.
-        noise: the original in `noise_dtype`, where the deployment dtype is float64 and shows no noise of its own.
-    """
-
-    truth: Flat
-    original: Flat
-    candidate: Flat
-    candidate64: Flat | None = None
-    rounded64: Flat | None = None
-    noise: Flat | None = None
-    noise_dtype: torch.dtype | None = None
-    algebra_is_exact: bool = False
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One output, measured: its figures, and the spreads that a verdict needs (None: that question is not asked)."""
-
-    figures: OutputComparison
-    truth: Spread | None = None
-    numeric: tuple[Spread, Spread] | None = None
-    algebra: tuple[Spread, Spread] | None = None
-    samples: int = 1
-    dtype: torch.dtype = torch.float32
-    shared_nonfinite: bool = False
 
 
 def compare_outputs(
@@ -251,7 +195,7 @@ def _measure_floats(
         algebra = (s_error, s_exact)
         if s_rounding is not None and not runs.algebra_is_exact:
             algebra = (s_error, s_exact.plus(s_rounding.scaled(_FOLD_ROUNDINGS)))
-        per_channel = _per_channel(s_error, s_exact, s_truth, rules)
+        per_channel = _per_channel(s_error, s_exact, s_truth, t.numel(), rules)
         per_tensor = metrics.relative(s_error.peak, s_truth.peak)
         figures = replace(figures, algebra_per_tensor=per_tensor, algebra_per_channel=per_channel)
     samples = metrics.distinct(t, dtype)
@@ -300,11 +244,12 @@ def _fill(
     )
 
 
-def _per_channel(error: Spread, noise: Spread, truth: Spread, rules: Rules) -> float:
+def _per_channel(error: Spread, noise: Spread, truth: Spread, elements: int, rules: Rules) -> float:
     """Largest error of a slice over its own scale, over all slices of all axes."""
     worst = 0.0
     for (_, errors), (_, noises), (_, truths) in zip(error.slices, noise.slices, truth.slices, strict=True):
-        scale = effective_scale(truths, noises, rules.noise_factor, rules.algebra_tolerance)
+        each = elements // truths.numel()
+        scale = effective_scale(truths, noises, rules.noise_factor, rules.algebra_tolerance, each)
         worst = max(worst, float(torch.where(errors == 0, torch.zeros_like(errors), errors / scale).max()))
     return worst
 

@@ -2,8 +2,9 @@
 
 What a forward pass costs is counted in float64 forward passes of the original on the example inputs: one pass of either
 model costs the number of input elements over the example's, half of that in a narrower dtype (half the bytes, twice the
-lanes). The candidate counts like the original, though a fused one is cheaper. `standard` stays within `BUDGET` of them:
-a case that no longer fits is asked the numeric question only, which needs fewer passes, or left out with a note.
+lanes; a CPU that only emulates half precision is slower than that). The candidate counts like the original, though a
+fused one is cheaper. `standard` stays within `BUDGET` of them: a case that no longer fits is asked the numeric question
+only, which needs fewer passes, or left out with a note.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from reparam.inputs import ExampleInputs, Inputs
 from reparam.verify.cases import Case, Slot, plan
 from reparam.verify.comparison import CaseResult, Comparison
 from reparam.verify.gather import Ran, gather
-from reparam.verify.measure import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs, measure
+from reparam.verify.measure import measure
+from reparam.verify.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
 from reparam.verify.outputs import Flat
 from reparam.verify.precision import (
     deployment_dtype,

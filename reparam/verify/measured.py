@@ -1,0 +1,69 @@
+"""The values between running two models and judging them: `Rules`, `Runs`, `Measured`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from reparam.verify.comparison import OutputComparison
+from reparam.verify.judge import Spread
+from reparam.verify.outputs import Flat
+
+ALGEBRA_TOLERANCE = 1e-10
+NOISE_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How strict a comparison is.
+
+    Attributes:
+        noise_factor: multiple of the original's noise that is allowed.
+        algebra_tolerance: scaled float64 difference that is allowed.
+        dtype: the deployment dtype.
+        check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
+    """
+
+    noise_factor: float = NOISE_FACTOR
+    algebra_tolerance: float = ALGEBRA_TOLERANCE
+    dtype: torch.dtype = torch.float32
+    check_dtypes: bool = True
+    check_structure: bool = True
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the models returned on one input; flattened.
+
+    Attributes:
+        truth: the original in float64.
+        original, candidate: in the deployment dtype.
+        candidate64: the candidate in float64; None if the algebra is not asked.
+        rounded64: the candidate in float64 with its changed weights disturbed by a rounding, to see what that costs;
+            None if none were changed.
+        algebra_is_exact: whether `candidate64` has unrounded weights, so that the algebra needs no allowance for that.
+        noise: the original in `noise_dtype`, where the deployment dtype is float64 and shows no noise of its own.
+    """
+
+    truth: Flat
+    original: Flat
+    candidate: Flat
+    candidate64: Flat | None = None
+    rounded64: Flat | None = None
+    noise: Flat | None = None
+    noise_dtype: torch.dtype | None = None
+    algebra_is_exact: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One output, measured: its figures, and the spreads that a verdict needs (None: that question is not asked)."""
+
+    figures: OutputComparison
+    truth: Spread | None = None
+    numeric: tuple[Spread, Spread] | None = None
+    algebra: tuple[Spread, Spread] | None = None
+    samples: int = 1
+    dtype: torch.dtype = torch.float32
+    shared_nonfinite: bool = False
