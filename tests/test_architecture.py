@@ -287,3 +287,16 @@ def test_help_does_not_import_torch() -> None:
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "Usage" in finished.stdout
     assert finished.stderr.strip() == "[]"
+
+
+def test_public_names_stay_what_they_are_whatever_is_imported() -> None:
+    """`reparam.verify` is the function, also after something imported the package of that name."""
+    program = (
+        "import reparam, pkgutil, importlib, types\n"
+        "for found in pkgutil.walk_packages(reparam.__path__, 'reparam.'):\n"
+        "    importlib.import_module(found.name)\n"
+        "print(*(name for name in reparam.__all__ if isinstance(getattr(reparam, name), types.ModuleType)))\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == [], "a submodule hides the public name"
