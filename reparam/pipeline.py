@@ -103,7 +103,7 @@ def fuse(
     )
     if comparison is not None and not comparison.passed:
         raise NotEquivalentError(
-            f"the fused {captured.name} does not agree with the original: {comparison.summary()}; "
+            f"the fused {captured.name} does not agree with the original: {comparison.summary().rstrip('.')}; "
             "no model was made, please report this with the report attached to this error",
             report,
         )

@@ -31,7 +31,8 @@ def count_operations(graph: fx.Graph, root: nn.Module) -> OperationCounts:
     for node in graph.nodes:
         module = module_of(node, root)
         if module is not None:
-            weights.update({id(p): p.numel() for p in module.parameters()})
+            for layer in module.modules() if module._modules else (module,):
+                weights.update({id(p): p.numel() for p in layer._parameters.values() if p is not None})
         elif node.op == "get_attr":
             value = attribute(root, str(node.target))
             if isinstance(value, nn.Parameter):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def _layer(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | No
         text = " and ".join(w for w, t in (("scale", scale), ("shift", shift)) if t is not None)
         return Layer(None, scale=scale, shift=None if shift is None else shift.reshape(shape), description=text)
     if geometry.rank == 0 and axis == len(like.shape) - 1:
-        module: nn.Module = nn.Linear(geometry.in_channels, geometry.out_channels, shift is not None, device="meta")
+        module = _blank(nn.Linear, geometry.in_channels, geometry.out_channels, bias=shift is not None)
         return Layer(_filled(module, rounded, shift), description=f"Linear({module.extra_repr()})")
     return _convolution(map_.with_rank(len(like.shape) - 2).geometry, rounded, shift, like)
 
@@ -197,7 +197,7 @@ def _convolution(geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | 
         reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel, strict=True)]
         options["padding"] = tuple(r - low for r, (low, _) in zip(reach, geometry.padding, strict=True))
         options["output_padding"] = tuple(high - low for low, high in geometry.padding)
-        made = _CONV_TRANSPOSE[geometry.rank - 1](*channels, stride=geometry.upsampling, device="meta", **options)
+        made = _blank(_CONV_TRANSPOSE[geometry.rank - 1], *channels, stride=geometry.upsampling, **options)
         flipped = transposed_weight(weight, geometry.groups).contiguous()
         return Layer(_filled(made, flipped, bias), description=_described(made))
     symmetric = all(low == high and low >= 0 for low, high in geometry.padding)
@@ -207,9 +207,23 @@ def _convolution(geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | 
         options["padding_mode"] = geometry.padding_mode
     else:
         pads = tuple(side for pair in reversed(geometry.padding) for side in pair)
-    conv = _CONV[geometry.rank - 1](*channels, stride=geometry.stride, device="meta", **options)
+    conv = _blank(_CONV[geometry.rank - 1], *channels, stride=geometry.stride, **options)
     mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
     return Layer(_filled(conv, weight, bias), pads, mode, description=_described(conv))
+
+
+def _blank(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """A layer without weights; its constructor, which would draw random ones, runs once per set of arguments."""
+    template = _template(cls, args, tuple(sorted(kwargs.items())))
+    twin = cls.__new__(cls)
+    for name, value in template.__dict__.items():
+        twin.__dict__[name] = type(value)(value) if isinstance(value, (dict, list, set)) else value
+    return twin
+
+
+@lru_cache(maxsize=512)
+def _template(cls: type[nn.Module], args: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    return cls(*args, **dict(options), device="meta").eval()
 
 
 def _described(conv: nn.Module) -> str:
@@ -224,7 +238,7 @@ def _filled(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) 
     module.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         module.bias = nn.Parameter(bias, requires_grad=False)
-    return module.eval()
+    return module
 
 
 def _rounded(tensor: torch.Tensor, like: TensorInfo) -> torch.Tensor | Inexact:

@@ -117,6 +117,10 @@ class LiftTable:
         for name, value in arguments.items():
             if isinstance(value, fx.Node) and value in constants:
                 arguments[name] = constants.value(value)
+            elif isinstance(value, fx.Node) and info(value) is None:
+                return Inexact(f"its argument {name!r} is computed when the model runs", "pass a constant")
+            elif isinstance(value, (list, tuple)) and any(isinstance(item, fx.Node) for item in value):
+                return Inexact(f"its argument {name!r} is computed when the model runs", "pass constants")
         return row.lift(Call(node, arguments, root))
 
 
@@ -281,7 +285,7 @@ def _varying_axis(value: Any, shape: tuple[int, ...]) -> int | Inexact | None:
 
 
 def _vector(value: Any, channels: int, device: torch.device) -> torch.Tensor:
-    tensor = value.reshape(-1) if isinstance(value, torch.Tensor) else torch.tensor([float(value)], device=device)
+    tensor = value.reshape(-1) if isinstance(value, torch.Tensor) else torch.full((1,), float(value), dtype=torch.float64, device=device)
     return tensor.to(torch.float64).expand(channels)
 
 

@@ -25,7 +25,12 @@ def info(node: fx.Node) -> TensorInfo | None:
 
 def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
     """The leaf module a node calls."""
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if node.op != "call_module":
+        return None
+    module: nn.Module | None = root
+    for name in str(node.target).split("."):
+        module = module._modules[name]  # type: ignore[union-attr]  # what get_submodule does, without its checks
+    return module
 
 
 def attribute(root: nn.Module, target: str) -> Any:

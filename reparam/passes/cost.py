@@ -54,7 +54,7 @@ class CostModel:
         if geometry.is_diagonal:
             return self.priced(out, size * 2 * out, 1)
         weights = prod(geometry.weight_shape)
-        macs = out * prod(geometry.weight_shape[1:])
+        macs = out * prod(geometry.weight_shape[1:]) // prod(geometry.upsampling)
         padded_apart = any(low != high for low, high in geometry.padding) and not geometry.is_transposed
         moved = size * (source.numel * (3 if padded_apart else 1) + out + weights)
         return self.priced(macs, moved, 1 + padded_apart)

@@ -1,0 +1,68 @@
+"""A private copy of a model that shares its parameters.
+
+What `copy.deepcopy` does, several times faster for the usual module: its dictionaries are copied by hand, submodules
+in turn, and only attributes that are neither plain values nor torch's own dictionaries go through `deepcopy`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+_PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, type)
+# Classes of torch repair old pickles in __setstate__; on a live module that changes nothing.
+_TORCH_SETSTATES = tuple(
+    {
+        base.__setstate__
+        for base in (*vars(nn.modules).values(), *vars(nn).values())
+        if isinstance(base, type) and issubclass(base, nn.Module)
+    }
+)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of `model` with the same `Parameter` objects; buffers and everything else are new.
+
+    Raises:
+        Exception: whatever `copy.deepcopy` raises for an attribute that cannot be copied.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    return _module(model, memo)
+
+
+def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if id(module) in memo:
+        made: nn.Module = memo[id(module)]
+        return made
+    if not _is_usual(type(module)):
+        return copy.deepcopy(module, memo)
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    state = twin.__dict__
+    for name, value in module.__dict__.items():
+        if name == "_modules":
+            state[name] = {key: None if child is None else _module(child, memo) for key, child in value.items()}
+        elif name == "_parameters":
+            state[name] = dict(value)
+        elif isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(item, _PLAIN) for item in value)):
+            state[name] = value
+        elif type(value) in (dict, set) and not value:
+            state[name] = type(value)()
+        else:
+            state[name] = copy.deepcopy(value, memo)
+    return twin
+
+
+def _is_usual(cls: type[nn.Module]) -> bool:
+    """Whether the class leaves copying to Python's defaults."""
+    return (
+        not hasattr(cls, "__deepcopy__")
+        and cls.__setstate__ in _TORCH_SETSTATES
+        and cls.__reduce_ex__ is object.__reduce_ex__
+        and cls.__reduce__ is object.__reduce__
+        and getattr(cls, "__getstate__", None) is getattr(object, "__getstate__", None)
+        and not hasattr(cls, "__slots__")
+    )
