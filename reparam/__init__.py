@@ -13,16 +13,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from reparam.bench import Timing, benchmark
     from reparam.capture.load import load
+    from reparam.equivalence import Comparison, verify
     from reparam.errors import CaptureError, ExportError, InputError, NotEquivalentError, ReparamError
     from reparam.export import export_archive, export_onnx
     from reparam.passes.base import Refusal, Rewrite
     from reparam.pipeline import FuseResult, fuse
     from reparam.report import Report
-    from reparam.verify import Comparison, verify
 
 _HOMES = {
     "CaptureError": "reparam.errors",
-    "Comparison": "reparam.verify",
+    "Comparison": "reparam.equivalence",
     "ExportError": "reparam.errors",
     "FuseResult": "reparam.pipeline",
     "InputError": "reparam.errors",
@@ -37,7 +37,7 @@ _HOMES = {
     "export_onnx": "reparam.export",
     "fuse": "reparam.pipeline",
     "load": "reparam.capture.load",
-    "verify": "reparam.verify",
+    "verify": "reparam.equivalence",
 }
 
 __all__ = [

@@ -12,20 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from reparam.capture.captured import Captured
 from reparam.capture.trace import capture
+from reparam.equivalence import Comparison
+from reparam.equivalence import verify as verify_modules
 from reparam.errors import InputError, NotEquivalentError
+from reparam.graph.build import built, float64_twin, forget_float64
 from reparam.graph.count import count_operations
-from reparam.graph.emit import float64_twin, forget_float64
 from reparam.graph.normal import normalise, restore_in_place
 from reparam.inputs import ExampleInputs
 from reparam.passes import PIPELINE, Pass
 from reparam.passes.base import Refusal, Rewrite
-from reparam.report import Report
-from reparam.verify import Comparison
-from reparam.verify import verify as verify_modules
+from reparam.report import OperationCounts, Report
 
 Progress = Callable[[str], None]
 
@@ -39,7 +39,7 @@ class FuseResult:
         report: what was changed, what was left and why, and whether the two agree.
     """
 
-    module: fx.GraphModule
+    module: nn.Module
     report: Report
 
 
@@ -80,14 +80,19 @@ def fuse(
     with stages("capturing the graph"):
         captured = capture(model, example_inputs)
     with torch.no_grad(), stages("fusing"):
-        before = count_operations(captured.graph, captured.root)
+        normalise(captured.graph, captured.root)
+        before = OperationCounts(**count_operations(captured.graph, captured.root))
         rewrites, refusals = _run(captured, passes)
-        module = _built(captured, model)
-        after = count_operations(module.graph, module)
+        after = OperationCounts(**count_operations(captured.graph, captured.root))
+        restore_in_place(captured.graph, captured.root)
+        module = built(captured.root, captured.graph, model)
     comparison: Comparison | None = None
     if level != "off":
         with stages("verifying"):
-            comparison = _verified(model, module, captured, level, seed)
+            exact = any(p.dtype == torch.float64 for p in model.parameters())
+            twin = None if exact else float64_twin(module)
+            comparison = verify_modules(model, module, captured.inputs, level=level, seed=seed, candidate_float64=twin)
+            del twin
     forget_float64(module.graph)
     report = Report(
         model=captured.name,
@@ -111,36 +116,12 @@ def fuse(
 
 
 def _run(captured: Captured, passes: Sequence[Pass]) -> tuple[list[Rewrite], list[Refusal]]:
-    graph, root = captured.graph, captured.root
-    normalise(graph, root)
     rewrites, refusals = [], []
     for step in passes:
-        made, left = step.run(graph, root)
+        made, left = step.run(captured.graph, captured.root)
         rewrites += made
         refusals += left
-    restore_in_place(graph, root)
     return rewrites, refusals
-
-
-def _built(captured: Captured, model: nn.Module) -> fx.GraphModule:
-    """The graph as a module of its own: parameters that are still the caller's are copied."""
-    captured.graph.lint()
-    module = fx.GraphModule(captured.root, captured.graph, class_name=captured.name)
-    theirs = {id(p) for p in model.parameters()}
-    copies: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and id(parameter) in theirs:
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                owner._parameters[name] = copies[id(parameter)]
-    return module.eval()
-
-
-def _verified(model: nn.Module, module: nn.Module, captured: Captured, level: str, seed: int) -> Comparison:
-    with torch.no_grad():
-        twin = None if any(p.dtype == torch.float64 for p in model.parameters()) else float64_twin(module)
-    return verify_modules(model, module, captured.inputs, level=level, seed=seed, candidate_float64=twin)
 
 
 def _level(requested: bool | str) -> str:

@@ -18,12 +18,12 @@ from torch import nn
 from reparam.bench import Timing, benchmark
 from reparam.capture.examples import InputSpec, check_runs, example_inputs
 from reparam.capture.load import load
+from reparam.equivalence import Comparison, verify
 from reparam.errors import InputError, NotEquivalentError
 from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
 from reparam.inputs import Inputs
 from reparam.pipeline import fuse
 from reparam.report import Report
-from reparam.verify import Comparison, verify
 
 Progress = Callable[[str], None]
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}

@@ -1,6 +1,6 @@
 """Reads the imports of the package and fails when one points the wrong way; DESIGN.md draws the arrows.
 
-algebra <- graph <- passes <- pipeline <- __init__ <- workflow <- cli; capture, verify, export and bench know nothing of
+algebra <- graph <- passes <- pipeline <- __init__ <- workflow <- cli; capture, equivalence, export and bench know nothing of
 graph and passes; report reads values only; torch.fx, onnx and timm stay where they belong; no published block is named.
 """
 
@@ -23,7 +23,7 @@ COMMON = ("reparam.errors", "reparam.inputs", "reparam.__version__")
 # The files that hold a value another room is handed.
 CAPTURED = "reparam.capture.captured"
 PASS_VALUES = ("reparam.passes.base", "reparam.graph.place")
-RESULT_VALUES = (*PASS_VALUES, "reparam.verify", "reparam.bench")
+RESULT_VALUES = (*PASS_VALUES, "reparam.equivalence", "reparam.bench")
 
 # What each room may import of ours besides itself and COMMON. "reparam" alone is the package's own __init__.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -33,12 +33,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "graph": ("reparam.algebra", CAPTURED, *PASS_VALUES),
     "passes": ("reparam.algebra", "reparam.graph", CAPTURED),
     "capture": (),
-    "verify": (),
+    "equivalence": (),
     "export": (),
     "bench": (),
     "report": RESULT_VALUES,
     "pipeline": tuple(
-        f"reparam.{room}" for room in ("algebra", "graph", "passes", "capture", "verify", "export", "bench", "report")
+        f"reparam.{room}" for room in ("algebra", "graph", "passes", "capture", "equivalence", "export", "bench", "report")
     ),
 }
 MAY_IMPORT["__init__"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline")
@@ -200,11 +200,11 @@ PLANTED = [
     ("algebra/a.py", "import torch.fx", "algebra must not use torch.fx"),
     ("graph/lift.py", "from reparam.passes.collapse import Collapse", "graph must not import reparam.passes.collapse"),
     ("graph/lift.py", "def f():\n    from reparam import passes", "graph must not import reparam.passes"),
-    ("passes/base.py", "from reparam.verify import verify", "passes must not import reparam.verify"),
+    ("passes/base.py", "from reparam.equivalence import verify", "passes must not import reparam.equivalence"),
     ("capture/c.py", "from reparam.graph import lift", "capture must not import reparam.graph.lift"),
-    ("verify/v.py", "from torch import fx", "verify must not use torch.fx"),
-    ("verify/v.py", "import torch\nx: torch.fx.Node", "verify must not use torch.fx"),
-    ("verify/v.py", "from reparam.passes.base import Rewrite", "verify must not import reparam.passes.base"),
+    ("equivalence/v.py", "from torch import fx", "equivalence must not use torch.fx"),
+    ("equivalence/v.py", "import torch\nx: torch.fx.Node", "equivalence must not use torch.fx"),
+    ("equivalence/v.py", "from reparam.passes.base import Rewrite", "equivalence must not import reparam.passes.base"),
     ("bench/b.py", "def f():\n    import onnxruntime", "bench must not import onnxruntime"),
     ("bench/b.py", "import torch\ntorch.onnx.export", "bench must not import torch.onnx"),
     ("export/e.py", "import onnx", "onnx must be imported inside a function"),
@@ -236,11 +236,11 @@ ALLOWED = [
     ),
     ("passes/base.py", "from reparam.graph import lift\nimport torch.fx"),
     ("capture/c.py", "FORM = 'timm:NAME'\ndef f():\n    import torchvision"),
-    ("verify/v.py", "from . import w\nfrom reparam.inputs import Inputs"),
+    ("equivalence/v.py", "from . import w\nfrom reparam.inputs import Inputs"),
     ("export/e.py", "def f():\n    import onnxruntime\n    import torch\n    torch.onnx.export"),
     ("report/r.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
     ("report/r.py", "from reparam.passes.base import Rewrite"),
-    ("pipeline.py", "import reparam.passes, reparam.verify\nfrom reparam import __version__"),
+    ("pipeline.py", "import reparam.passes, reparam.equivalence\nfrom reparam import __version__"),
     ("__init__.py", "from .pipeline import fuse"),
     ("cli.py", "def f():\n    import torch\n    import reparam"),
 ]
@@ -248,7 +248,7 @@ ALLOWED = [
 
 EMPTY = [
     *("__init__", "pipeline", "cli", "errors", "algebra/__init__", "capture/trace", "graph/lift", "passes/base"),
-    *("report/values", "verify/w"),
+    *("report/values", "equivalence/w"),
 ]
 
 

@@ -185,13 +185,13 @@ def _embedded(source: Geometry, target: Geometry, weight: torch.Tensor) -> torch
     weight = _regrouped_weight(weight, source.groups, target.groups)
     if source.kernel == target.kernel and source.padding == target.padding:
         return weight
-    window = []
+    window = [slice(None), slice(None)]
     for axis in range(target.rank):
         start = (target.padding[axis][0] - source.padding[axis][0]) // target.dilation[axis]
         pitch = source.dilation[axis] // target.dilation[axis] if source.kernel[axis] > 1 else 1
         window.append(slice(start, start + pitch * (source.kernel[axis] - 1) + 1, pitch))
     out = weight.new_zeros(target.weight_shape)
-    out[(slice(None), slice(None), *window)] = weight
+    out[tuple(window)] = weight
     return out
 
 

@@ -2,8 +2,8 @@
 
 Every proxy carries the value that the example inputs give it. So one pass yields the graph and all shapes, activations
 live no longer than in an ordinary forward, and a few questions have an answer while tracing: the rank of a tensor, the
-length of a shape, and anything about parameters and buffers. Sizes and values of activations stay symbolic: control flow
-on them stops the trace, because it would be frozen to the example.
+length of a shape, and anything about parameters and buffers. Sizes and values of activations stay symbolic: control
+flow on them stops the trace, because it would be frozen to the example.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -84,18 +85,19 @@ class ValueTracer(fx.Tracer):
         type_expr: Any = None,
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> fx.Proxy:
-        proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
-        node = proxy.node
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+        node: fx.Node = proxy.node
         node.meta["module_path"] = self.scope.module_path
         node.meta["source"] = _user_line()
         used: dict[fx.Node, Any] = {}
-        constant = [True]
+        constant: list[bool] = [True]
 
         def value_of(argument: Any) -> Any:
             if isinstance(argument, fx.Proxy):
-                used[argument.node] = argument.reparam_value
-                constant[0] = constant[0] and argument.reparam_constant
-                return argument.reparam_value
+                traced: Any = argument
+                used[argument.node] = traced.reparam_value
+                constant[0] = constant[0] and traced.reparam_constant
+                return traced.reparam_value
             return argument
 
         plain_args = fx.node.map_aggregate(args, value_of)
@@ -107,7 +109,7 @@ class ValueTracer(fx.Tracer):
         if isinstance(value, torch.Tensor):
             node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
         _note_aliases(node, value, before)
-        return proxy
+        return proxy  # type: ignore[no-any-return]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self._executing else super().call_module(m, forward, args, kwargs)
@@ -122,10 +124,10 @@ class ValueTracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
-    def to_bool(self, obj: fx.Proxy) -> bool:
+    def to_bool(self, obj: Any) -> bool:
         return bool(obj.reparam_value) if obj.reparam_constant else super().to_bool(obj)
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+    def iter(self, obj: Any) -> Iterator[Any]:
         value = obj.reparam_value
         if isinstance(value, torch.Size) or obj.reparam_constant:
             return builtins.iter([obj[index] for index in range(len(value))])
@@ -209,24 +211,29 @@ class ValueAttribute(fx.proxy.Attribute):
         return _attribute_of(self, k)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.attr in _RANK_CALLS and not args and not kwargs and isinstance(self.root.reparam_value, torch.Tensor):
+        if self.attr in _RANK_CALLS and not args and not kwargs and _is_tensor(self.root):
             return getattr(self.root.reparam_value, self.attr)()
         return super().__call__(*args, **kwargs)
 
     def __len__(self) -> int:
-        return len(self.reparam_value) if isinstance(self.reparam_value, torch.Size) else int(super().__len__())
+        value: Any = self.reparam_value
+        return len(value) if type(value) is torch.Size else int(super().__len__())
 
     def __eq__(self, other: object) -> Any:
-        if self.attr in _FACTS and isinstance(self.root.reparam_value, torch.Tensor):
+        if self.attr in _FACTS and _is_tensor(self.root):
             return self.reparam_value == getattr(other, "reparam_value", other)
         return super().__eq__(other)
 
     def __ne__(self, other: object) -> Any:
-        if self.attr in _FACTS and isinstance(self.root.reparam_value, torch.Tensor):
+        if self.attr in _FACTS and _is_tensor(self.root):
             return self.reparam_value != getattr(other, "reparam_value", other)
         return super().__ne__(other)
 
     __hash__ = fx.proxy.Attribute.__hash__
+
+
+def _is_tensor(proxy: Any) -> bool:
+    return isinstance(proxy.reparam_value, torch.Tensor)
 
 
 def _attribute_of(proxy: Any, name: str) -> Any:
@@ -239,7 +246,7 @@ def _attribute_of(proxy: Any, name: str) -> Any:
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    """`x += y` as Python runs it on tensors: in place. A plain proxy would trace `x = x + y` and lose the aliases of x."""
+    """`x += y` as Python runs it on tensors: in place. A plain proxy would trace `x = x + y` and lose x's aliases."""
 
     def apply(self: fx.Proxy, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -282,19 +289,17 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _view(tensor: torch.Tensor) -> View:
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
         return (id(tensor), 0, (), ())
-    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 def _user_line() -> str | None:
     """`file.py:line` of the innermost frame that is neither torch's nor ours."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         filename = frame.f_code.co_filename
         if filename.startswith(_HERE) and not frame.f_code.co_name.startswith("_") and "/capture/" not in filename:
             return None
         if not filename.startswith((_TORCH, _HERE)):
             return None if filename.startswith("<") else f"{os.path.basename(filename)}:{frame.f_lineno}"
-        if frame.f_back is None:
-            return None
         frame = frame.f_back
     return None

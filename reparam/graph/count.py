@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from math import prod
+from typing import cast
 
+import torch
 from torch import fx, nn
 
 from reparam.graph.constants import Constants
 from reparam.graph.lift import TABLE
 from reparam.graph.nodes import attribute, info, module_of
-from reparam.report.values import OperationCounts
 
 _COUNTED = {
     "convolution": "convolutions",
@@ -22,8 +23,8 @@ _COUNTED = {
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def count_operations(graph: fx.Graph, root: nn.Module) -> OperationCounts:
-    """Operations, weights and multiply-adds of one call on the example inputs."""
+def count_operations(graph: fx.Graph, root: nn.Module) -> dict[str, int]:
+    """Operations, weights and multiply-adds of one call on the example inputs: the fields of `OperationCounts`."""
     constants = Constants(graph, root)
     counts = dict.fromkeys((*_COUNTED.values(), "dropouts"), 0)
     nodes = macs = 0
@@ -47,7 +48,7 @@ def count_operations(graph: fx.Graph, root: nn.Module) -> OperationCounts:
             macs += _macs(node, root, row.name) if row is not None else 0
         if isinstance(module, _DROPOUTS) or (node.op == "call_function" and "dropout" in _function_name(node)):
             counts["dropouts"] += 1
-    return OperationCounts(nodes=nodes, parameters=sum(weights.values()), macs=macs, **counts)
+    return {**counts, "nodes": nodes, "parameters": sum(weights.values()), "macs": macs}
 
 
 def _function_name(node: fx.Node) -> str:
@@ -61,7 +62,7 @@ def _macs(node: fx.Node, root: nn.Module, name: str) -> int:
     module = module_of(node, root)
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     if module is not None:
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr,operator]
+        shape = tuple(cast(torch.Tensor, module.weight).shape)
     elif isinstance(weight, fx.Node) and (tensor := info(weight)) is not None:
         shape = tensor.shape
     else:

@@ -6,11 +6,10 @@ are rounded to the model's dtype here, once.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,26 +73,6 @@ def layer_for(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor |
     if isinstance(layer, Inexact) or like.dtype == torch.float64:
         return layer
     return replace(layer, float64=partial(_layer, map_, replace(like, dtype=torch.float64), axis, bias))
-
-
-def float64_twin(module: fx.GraphModule) -> fx.GraphModule:
-    """A float64 copy of a fused module whose new layers hold their weights as they were before rounding."""
-    twin = copy.deepcopy(module).double()
-    for node in module.graph.nodes:
-        make = node.meta.get("float64")
-        layer = None if make is None else make()
-        if isinstance(layer, Layer) and layer.module is not None:
-            set_module(twin, str(node.target), layer.module)
-        elif isinstance(layer, Layer):
-            path, _, name = str(node.target).rpartition(".")
-            twin.get_submodule(path).register_buffer(name, getattr(layer, name))
-    return twin
-
-
-def forget_float64(graph: fx.Graph) -> None:
-    """Drops what `float64_twin` needs, and with it the last hold on the original's weights."""
-    for node in graph.nodes:
-        node.meta.pop("float64", None)
 
 
 def _layer(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | None) -> Layer | Inexact:
@@ -214,7 +193,7 @@ def _convolution(geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | 
 
 def _blank(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """A layer without weights; its constructor, which would draw random ones, runs once per set of arguments."""
-    template = _template(cls, args, tuple(sorted(kwargs.items())))
+    template = _template(cast(Any, cls), args, tuple(sorted(kwargs.items())))
     twin = cls.__new__(cls)
     for name, value in template.__dict__.items():
         twin.__dict__[name] = type(value)(value) if isinstance(value, (dict, list, set)) else value
@@ -222,7 +201,7 @@ def _blank(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
 
 
 @lru_cache(maxsize=512)
-def _template(cls: type[nn.Module], args: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _template(cls: Any, args: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> Any:
     return cls(*args, **dict(options), device="meta").eval()
 
 
@@ -231,7 +210,7 @@ def _described(conv: nn.Module) -> str:
     text = f"{type(conv).__name__}({conv.in_channels}, {conv.out_channels}, {kernel}"
     if any(s > 1 for s in conv.stride):  # type: ignore[union-attr]
         text += f", stride {'x'.join(map(str, conv.stride))}"  # type: ignore[arg-type]
-    return text + (f", groups {conv.groups})" if conv.groups != 1 else ")")  # type: ignore[operator]
+    return text + (f", groups {conv.groups})" if conv.groups != 1 else ")")
 
 
 def _filled(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:

@@ -110,6 +110,9 @@ class LiftTable:
         inexact = _untouchable(node, root)
         if inexact is not None:
             return inexact
+        known = row.signature[:1] if node.op == "call_module" else row.signature
+        if len(node.args) > len(known) or not set(node.kwargs) <= {*known, *_HARMLESS}:
+            return Inexact("it is called with further arguments", "call it with its input alone")
         arguments: dict[str, Any] = dict(zip(row.signature, node.args, strict=False))
         arguments.update(node.kwargs)
         if node.op == "call_module":
@@ -122,6 +125,9 @@ class LiftTable:
             elif isinstance(value, (list, tuple)) and any(isinstance(item, fx.Node) for item in value):
                 return Inexact(f"its argument {name!r} is computed when the model runs", "pass constants")
         return row.lift(Call(node, arguments, root))
+
+
+_HARMLESS = {"alpha", "rounding_mode", "value", "inplace"}
 
 
 def plain_type(module: nn.Module | None) -> type:
@@ -285,7 +291,11 @@ def _varying_axis(value: Any, shape: tuple[int, ...]) -> int | Inexact | None:
 
 
 def _vector(value: Any, channels: int, device: torch.device) -> torch.Tensor:
-    tensor = value.reshape(-1) if isinstance(value, torch.Tensor) else torch.full((1,), float(value), dtype=torch.float64, device=device)
+    tensor = (
+        value.reshape(-1)
+        if isinstance(value, torch.Tensor)
+        else torch.full((1,), float(value), dtype=torch.float64, device=device)
+    )
     return tensor.to(torch.float64).expand(channels)
 
 

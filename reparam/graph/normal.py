@@ -171,7 +171,7 @@ def _plain(node: fx.Node, root: nn.Module) -> Callable[[], None] | None:
 
 def _plain_target(node: fx.Node) -> Any:
     if node.op == "call_function" and node.target in _PLAIN_OPERATOR:
-        return _PLAIN_OPERATOR[node.target]  # type: ignore[index]
+        return _PLAIN_OPERATOR[node.target]
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name in _NOT_FUNCTIONAL:
         return None

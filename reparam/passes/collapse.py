@@ -42,7 +42,9 @@ class Collapse:
         region = Region(graph, root, self.table, Constants(graph, root), merging_pays(self.cost))
         search = Search(region, root, self.cost)
         names = _Names(graph, _going(region, search))
-        rewrites, failed, replaced = [], {}, {}
+        rewrites: list[Rewrite] = []
+        failed: dict[fx.Node, Inexact] = {}
+        replaced: dict[fx.Node, fx.Node] = {}
         for node in sorted(search.real, key=region.order.__getitem__):
             cone = search.cone(node)
             if len(cone) == 1:

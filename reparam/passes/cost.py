@@ -1,4 +1,4 @@
-"""What operations cost: multiply-adds, bytes moved, launches, and the seconds that a simple machine model makes of them.
+"""What operations cost: multiply-adds, bytes, launches, and the seconds that a simple machine model makes of them.
 
 `seconds = launches * launch + max(macs / rate, bytes / bandwidth)`, the roofline of one operation after the other
 (Williams, Waterman and Patterson 2009, "Roofline"). The constants only rank alternatives; they promise no time.

@@ -26,9 +26,9 @@ def reasons(region: Region, search: Search, root: nn.Module, failed: dict[fx.Nod
     for node in region.affine:
         if node not in search.real or node in failed or len(search.cone(node)) > 1 or not node.users:
             continue
-        why = _why(node, region, search, root)
-        if why is not None:
-            found.append(Refusal("collapse", place(node), kind(node, root), why.reason, why.remedy))
+        left = _why(node, region, search, root)
+        if left is not None:
+            found.append(Refusal("collapse", place(node), kind(node, root), left.reason, left.remedy))
     return found
 
 

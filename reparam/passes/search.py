@@ -8,6 +8,7 @@ all of them if that is cheaper. On a tie the form nearer to the original wins.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -213,7 +214,7 @@ def _only_scales(maps: tuple[AffineMap, ...]) -> bool:
     return all(map_.geometry.is_diagonal for map_ in maps)
 
 
-def merging_pays(cost: CostModel) -> object:
+def merging_pays(cost: CostModel) -> Callable[[Term, Term, AffineMap, int], bool]:
     """Whether two terms of one source are cheaper as one map; for `Region`."""
 
     def pays(first: Term, second: Term, merged: AffineMap, axis: int) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reparam.bench import Timing
+    from reparam.equivalence import Comparison
     from reparam.passes.base import Refusal, Rewrite
-    from reparam.verify import Comparison
 
 
 @dataclass(frozen=True)

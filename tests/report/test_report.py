@@ -16,7 +16,7 @@ from reparam.passes.base import Place, Refusal, Rewrite
 from reparam.report import OperationCounts, Report
 from reparam.report.format import count, duration, grouped_rewrites, rewrite_label
 from reparam.report.text import render_text
-from reparam.verify import Comparison
+from reparam.equivalence import Comparison
 
 
 def rewrite(number: int) -> Rewrite:

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from reparam.equivalence.outputs import Flat, flatten
 from reparam.errors import InputError
 from reparam.inputs import Inputs
-from reparam.verify.outputs import Flat, flatten
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from reparam.verify.comparison import Location
+from reparam.equivalence.comparison import Location
 
 # Enough to tell one sample from many; counting more costs a sort of the whole tensor.
 _MAX_COUNTED = 1 << 14

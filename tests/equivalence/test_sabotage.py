@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam.verify import verify
+from reparam.equivalence import verify
 from tests.verify.nets import Branchy, Plain, TwoOutputs, example, fold_bn, folded, randomise
 
 NETS: dict[str, type[Plain]] = {"plain": Plain, "branchy": Branchy, "two outputs": TwoOutputs}

@@ -11,12 +11,20 @@ from typing import Any
 
 import torch
 
-from reparam.verify import metrics
-from reparam.verify.comparison import OutputComparison
-from reparam.verify.judge import FLOOR_ULPS, Judgement, Spread, effective_scale, judge, spread, with_weight_rounding
-from reparam.verify.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Measured, Rules, Runs
-from reparam.verify.nonfinite import count, nonfinite, same_nonfinite
-from reparam.verify.outputs import Flat, flatten, renamed, structure_failures
+from reparam.equivalence import metrics
+from reparam.equivalence.comparison import OutputComparison
+from reparam.equivalence.judge import (
+    FLOOR_ULPS,
+    Judgement,
+    Spread,
+    effective_scale,
+    judge,
+    spread,
+    with_weight_rounding,
+)
+from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Measured, Rules, Runs
+from reparam.equivalence.nonfinite import count, nonfinite, same_nonfinite
+from reparam.equivalence.outputs import Flat, flatten, renamed, structure_failures
 
 # Rounding noise scales with a dtype's unit roundoff; the factor allows for kernels of two dtypes summing in different
 # orders.

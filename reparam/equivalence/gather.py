@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from reparam.verify.comparison import CaseResult, Comparison, OutputComparison
-from reparam.verify.measure import verdict
-from reparam.verify.measured import Measured, Rules
-from reparam.verify.outputs import Flat
+from reparam.equivalence.comparison import CaseResult, Comparison, OutputComparison
+from reparam.equivalence.measure import verdict
+from reparam.equivalence.measured import Measured, Rules
+from reparam.equivalence.outputs import Flat
 
 # An original whose own noise is a tenth of its output can vouch for nothing.
 HOPELESS_NOISE = 0.1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam.verify import verify
+from reparam.equivalence import verify
 from tests.verify.nets import Branchy, Plain, TwoOutputs, example, folded, randomise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

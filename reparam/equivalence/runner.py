@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from reparam.errors import InputError
-from reparam.inputs import ExampleInputs, Inputs
-from reparam.verify.cases import Case, Slot, plan
-from reparam.verify.comparison import CaseResult, Comparison
-from reparam.verify.gather import Ran, gather
-from reparam.verify.measure import measure
-from reparam.verify.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
-from reparam.verify.outputs import Flat
-from reparam.verify.precision import (
+from reparam.equivalence.cases import Case, Slot, plan
+from reparam.equivalence.comparison import CaseResult, Comparison
+from reparam.equivalence.gather import Ran, gather
+from reparam.equivalence.measure import measure
+from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
+from reparam.equivalence.outputs import Flat
+from reparam.equivalence.precision import (
     deployment_dtype,
     disturbed,
     first_line,
@@ -32,6 +30,8 @@ from reparam.verify.precision import (
     rounding_failures,
     run,
 )
+from reparam.errors import InputError
+from reparam.inputs import ExampleInputs, Inputs
 
 BUDGET = 10.0
 _NARROW_COST = 0.5
@@ -55,7 +55,7 @@ def verify(
 
     Two questions, kept apart. *Algebra*: both run in float64 and agree to `algebra_tolerance`, scaled per tensor and
     per channel. *Numeric*: in the deployment dtype, the candidate's error against the float64 truth is at most
-    `noise_factor` times the original's own, by the rule in `reparam.verify.judge`. A candidate that is no `nn.Module`
+    `noise_factor` times the original's own, by the rule in `judge.py`. A candidate that is no `nn.Module`
     (a runtime session) is asked the second question only. The caller's modules are never changed or run.
 
     Args:

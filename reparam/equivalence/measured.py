@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from reparam.verify.comparison import OutputComparison
-from reparam.verify.judge import Spread
-from reparam.verify.outputs import Flat
+from reparam.equivalence.comparison import OutputComparison
+from reparam.equivalence.judge import Spread
+from reparam.equivalence.outputs import Flat
 
 ALGEBRA_TOLERANCE = 1e-10
 NOISE_FACTOR = 2.0

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from reparam.errors import InputError
-from reparam.verify import Comparison, compare_outputs, verify
+from reparam.equivalence import Comparison, compare_outputs, verify
 from tests.verify.nets import Plain, TwoOutputs, example, folded, randomise
 
 

@@ -6,8 +6,8 @@ that it cannot share their mistakes.
 
 from __future__ import annotations
 
-from reparam.verify.comparison import CaseResult, Comparison, OutputComparison
-from reparam.verify.measure import compare_outputs
-from reparam.verify.runner import verify
+from reparam.equivalence.comparison import CaseResult, Comparison, OutputComparison
+from reparam.equivalence.measure import compare_outputs
+from reparam.equivalence.runner import verify
 
 __all__ = ["CaseResult", "Comparison", "OutputComparison", "compare_outputs", "verify"]

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reparam.verify import metrics
-from reparam.verify.judge import judge, spread, with_weight_rounding
+from reparam.equivalence import metrics
+from reparam.equivalence.judge import judge, spread, with_weight_rounding
 
 values = st.floats(-1e6, 1e6, allow_nan=False).map(lambda v: 0.0 if abs(v) < 1e-6 else v)
 vectors = st.lists(st.tuples(values, values), min_size=1, max_size=20).map(

@@ -1,0 +1,44 @@
+"""From a rewritten graph to a module of its own."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx, nn
+
+from reparam.graph.emit import Layer, set_module
+
+
+def built(root: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
+    """The graph as a module in eval mode that shares no parameter with `model`, from whose copy it was made."""
+    graph.lint()
+    module = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    theirs = {id(parameter) for parameter in model.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and id(parameter) in theirs:
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                owner._parameters[name] = copies[id(parameter)]
+    return module.eval()
+
+
+def float64_twin(module: fx.GraphModule) -> fx.GraphModule:
+    """A float64 copy of a fused module whose new layers hold their weights as they were before rounding."""
+    twin = copy.deepcopy(module).double()
+    for node in module.graph.nodes:
+        make = node.meta.get("float64")
+        layer = None if make is None else make()
+        if isinstance(layer, Layer) and layer.module is not None:
+            set_module(twin, str(node.target), layer.module)
+        elif isinstance(layer, Layer):
+            path, _, name = str(node.target).rpartition(".")
+            twin.get_submodule(path).register_buffer(name, getattr(layer, name))
+    return twin
+
+
+def forget_float64(graph: fx.Graph) -> None:
+    """Drops what `float64_twin` needs, and with it the last hold on the original's weights."""
+    for node in graph.nodes:
+        node.meta.pop("float64", None)
