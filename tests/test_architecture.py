@@ -1,7 +1,8 @@
 """Reads the imports of the package and fails when one points the wrong way; DESIGN.md draws the arrows.
 
-algebra <- graph <- passes <- pipeline <- __init__ <- workflow <- cli; capture, equivalence, export and bench know nothing of
-graph and passes; report reads values only; torch.fx, onnx and timm stay where they belong; no published block is named.
+algebra <- graph <- passes <- pipeline <- __init__ <- workflow <- cli; capture, equivalence, export and bench know nothing
+of graph and passes; report reads values only; torch.fx, onnx and timm stay where they belong; no published block is
+named.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bench": (),
     "report": RESULT_VALUES,
     "pipeline": tuple(
-        f"reparam.{room}" for room in ("algebra", "graph", "passes", "capture", "equivalence", "export", "bench", "report")
+        f"reparam.{room}"
+        for room in ("algebra", "graph", "passes", "capture", "equivalence", "export", "bench", "report")
     ),
 }
 MAY_IMPORT["__init__"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline")
