@@ -1,8 +1,8 @@
 """Reads the imports of the package and fails when one points the wrong way; DESIGN.md draws the arrows.
 
-algebra <- graph <- passes <- pipeline <- __init__ <- workflow <- cli; capture, equivalence, export and bench know nothing
-of graph and passes; report reads values only; torch.fx, onnx and timm stay where they belong; no published block is
-named.
+algebra <- graph <- passes <- pipeline <- __init__ <- workflow <- cli; capture, equivalence, export and bench know
+nothing of graph and passes; report reads values only; torch.fx, onnx and timm stay where they belong; no published
+block is named.
 """
 
 from __future__ import annotations
