@@ -52,7 +52,7 @@ def test_block_is_a_fair_test(case: BlockCase) -> None:
     model = case.make()
     first, second = run(model, case.inputs()), run(model, 2 * case.inputs() + 1)
     assert torch.isfinite(first).all()
-    assert (first != 0).float().mean() > 0.2
+    assert (first != 0).float().mean() > 0.1
     assert (first != second).flatten(2 if first.ndim > 2 else 1).any(-1).float().mean() > 0.5
 
 

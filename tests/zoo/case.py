@@ -43,7 +43,7 @@ class BlockCase:
             torch.manual_seed(seed)
             model = self.build()
             randomise(model)
-        return model.to(dtype).eval()
+        return in_dtype(model, dtype).eval()
 
     def inputs(self, dtype: torch.dtype = torch.float64, batch: int | None = None, grow: int = 0) -> torch.Tensor:
         """Random input; `grow` is added to every spatial size."""
@@ -53,6 +53,17 @@ class BlockCase:
         shape[2:] = [size + grow for size in shape[2:]]
         generator = torch.Generator().manual_seed(100 * grow + (batch or 0))
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@torch.no_grad()
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in `dtype`; in float64 its numbers are such that float32 cannot hold them, so that a detour shows."""
+    model = model.to(dtype)
+    if dtype == torch.float64:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.div_(1.1)
+    return model
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from reparam.inputs import Inputs
-from tests.zoo.case import randomise
+from tests.zoo.case import in_dtype, randomise
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Trap:
         """The model in float64 and eval mode; the global random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return randomise(self.build()).to(torch.float64).eval()
+            return in_dtype(randomise(self.build()), torch.float64).eval()
 
     def example(self, batch: int | None = None) -> Any:
         """Random inputs in float64, as `reparam.fuse` takes them."""
