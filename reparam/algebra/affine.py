@@ -166,7 +166,8 @@ class AffineMap:
     def tensors(self, memo: dict[Deferred, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in float64."""
         memo = {} if memo is None else memo
-        return self.weight.evaluate(memo), None if self.bias is None else self.bias.evaluate(memo)
+        bias = None if self.bias is None else self.bias.evaluate(memo).to(torch.float64)
+        return self.weight.evaluate(memo).to(torch.float64), bias
 
     def has_zero_bias(self) -> bool:
         """Whether the bias is exactly zero; computes it if need be."""

@@ -78,7 +78,7 @@ def added_bias(a: Deferred | None, b: Deferred | None) -> Deferred | None:
     """The sum of two biases, None standing for zero."""
     if a is None or b is None:
         return b if a is None else a
-    return Deferred(torch.add, a, b)
+    return Deferred(lambda x, y: x.to(torch.float64) + y, a, b)
 
 
 def _then_geometry(first: Geometry, second: Geometry) -> Geometry:
@@ -112,10 +112,11 @@ def _then_weight(
 ) -> torch.Tensor:
     """`W[o, c, s1*d2*k2 + d1*k1] += sum_m W2[o, m, k2] W1[m, c, k1]`, blockwise over the groups."""
     if second.groups == second.in_channels == second.out_channels and w2.numel() == second.out_channels:
-        return w1 * w2.reshape(-1, *(1,) * (w1.ndim - 1))
+        return _product(w1, w2.reshape(-1, *(1,) * (w1.ndim - 1)))
     if first.groups == first.in_channels == first.out_channels and w1.numel() == first.in_channels:
         return _scaled_columns(w2, w1.reshape(-1), second.groups)
     groups = result.groups
+    w1, w2 = w1.to(torch.float64), w2.to(torch.float64)
     w1 = _blocks(_regrouped_weight(w1, first.groups, groups), groups)
     w2 = _blocks(_regrouped_weight(w2, second.groups, groups), groups)
     flat = w1.reshape(*w1.shape[:3], -1)
@@ -142,6 +143,7 @@ def _then_bias(f: AffineMap, g: AffineMap) -> Deferred | None:
     groups = g.geometry.groups
 
     def carried(b1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        b1, w2 = b1.to(torch.float64), w2.to(torch.float64)
         return torch.einsum(
             "gom,gm->go", _blocks(w2.reshape(*w2.shape[:2], -1).sum(-1), groups), b1.reshape(groups, -1)
         ).reshape(-1)
@@ -182,7 +184,7 @@ def _plus_geometry(first: Geometry, second: Geometry) -> Geometry | Inexact:
 
 def _embedded(source: Geometry, target: Geometry, weight: torch.Tensor) -> torch.Tensor:
     """The kernel of `source` at its place in the window of `target`, zero elsewhere."""
-    weight = _regrouped_weight(weight, source.groups, target.groups)
+    weight = _regrouped_weight(weight.to(torch.float64), source.groups, target.groups)
     if source.kernel == target.kernel and source.padding == target.padding:
         return weight
     window = [slice(None), slice(None)]
@@ -201,7 +203,12 @@ def _blocks(weight: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _scaled_columns(weight: torch.Tensor, scale: torch.Tensor, groups: int) -> torch.Tensor:
     blocks = _blocks(weight, groups)
-    return (blocks * scale.reshape(groups, 1, -1, *(1,) * (weight.ndim - 2))).reshape(weight.shape)
+    return _product(blocks, scale.reshape(groups, 1, -1, *(1,) * (weight.ndim - 2))).reshape(weight.shape)
+
+
+def _product(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """In float64; a weight in a narrower type is promoted as it is read, without a float64 copy of it."""
+    return torch.mul(weight, scale.to(torch.float64))
 
 
 def _regrouped_weight(weight: torch.Tensor, groups: int, coarser: int) -> torch.Tensor:

@@ -27,9 +27,9 @@ class Deferred:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Deferred:
-        """Defers the cast of an existing tensor to float64; the tensor itself is shared, not copied."""
+        """An existing tensor, shared and not cast: the operations on it promote to float64, or cast it first."""
         tensor = tensor.detach()
-        return cls(lambda: tensor.to(torch.float64))
+        return cls(lambda: tensor)
 
     def evaluate(self, memo: dict[Deferred, torch.Tensor] | None = None) -> torch.Tensor:
         """Computes the tensor. `memo` holds the values computed so far, so that shared operands cost once.

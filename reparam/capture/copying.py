@@ -7,6 +7,7 @@ in turn, and only attributes that are neither plain values nor torch's own dicti
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -49,11 +50,22 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             state[name] = dict(value)
         elif isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(item, _PLAIN) for item in value)):
             state[name] = value
-        elif type(value) in (dict, set) and not value:
+        elif name == "_buffers":
+            state[name] = {key: _buffer(buffer, memo) for key, buffer in value.items()}
+        elif type(value) in (dict, set, OrderedDict) and not value:
             state[name] = type(value)()
         else:
             state[name] = copy.deepcopy(value, memo)
     return twin
+
+
+def _buffer(buffer: Any, memo: dict[int, Any]) -> Any:
+    if id(buffer) not in memo:
+        plain = type(buffer) is torch.Tensor and buffer.layout is torch.strided and not buffer.requires_grad
+        if not plain or buffer._base is not None:
+            return copy.deepcopy(buffer, memo)  # keeps what buffers that share a storage have in common
+        memo[id(buffer)] = buffer.detach().clone()
+    return memo[id(buffer)]
 
 
 def _is_usual(cls: type[nn.Module]) -> bool:
@@ -63,6 +75,6 @@ def _is_usual(cls: type[nn.Module]) -> bool:
         and cls.__setstate__ in _TORCH_SETSTATES
         and cls.__reduce_ex__ is object.__reduce_ex__
         and cls.__reduce__ is object.__reduce__
-        and getattr(cls, "__getstate__", None) is getattr(object, "__getstate__", None)
+        and getattr(cls, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
         and not hasattr(cls, "__slots__")
     )

@@ -14,7 +14,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from reparam.capture.captured import Captured
 from reparam.capture.copying import copied
@@ -43,14 +43,21 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
             "remove them, or wrap the model in another module"
         )
     inputs = Inputs.of(example_inputs)
-    root = private_copy(model)
-    fresh = inputs.clone()
-    arguments = _bound(model, fresh)
-    tracer = ValueTracer(root, arguments, _fixed(model, arguments))
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            graph = tracer.trace(root)
+        root, graph = _traced(model, inputs, compute=False)
+    except ExecutionError:
+        # A shape may depend on values (a selection by score): then every layer has to run.
+        root, graph = _traced_or_explained(model, inputs)
+    except Exception as error:
+        raise _capture_error(model, error) from error
+    _restore_buffers(root, model)
+    notes = ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
+    return Captured(root, graph, inputs, "symbolic", type(model).__name__, notes)
+
+
+def _traced_or_explained(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, fx.Graph]:
+    try:
+        return _traced(model, inputs, compute=True)
     except ExecutionError as error:
         shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs.tensors())
         raise InputError(
@@ -58,13 +65,25 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
             f"{error.where or type(model).__name__}: {_first_line(error.error)}; pass inputs shaped as it expects them"
         ) from error.error
     except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}; "
-            "rewrite that line without Python control flow on tensor values, or fuse the submodules that can be traced"
-        ) from error
-    _restore_buffers(root, model)
-    notes = ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
-    return Captured(root, graph, inputs, "symbolic", type(model).__name__, notes)
+        raise _capture_error(model, error) from error
+
+
+def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> tuple[nn.Module, fx.Graph]:
+    root = private_copy(model)
+    arguments = _bound(model, inputs.clone())
+    tracer = ValueTracer(root, arguments, _fixed(model, arguments), compute)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return root, tracer.trace(root)
+
+
+def _capture_error(model: nn.Module, error: Exception) -> Exception:
+    if isinstance(error, InputError):
+        return error
+    return CaptureError(
+        f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}; "
+        "rewrite that line without Python control flow on tensor values, or fuse the submodules that can be traced"
+    )
 
 
 def private_copy(model: nn.Module) -> nn.Module:

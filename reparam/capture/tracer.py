@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from reparam.capture.captured import TensorInfo
+from reparam.capture.shapes import stand_in
 
 View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"
 
@@ -56,12 +57,16 @@ class ValueTracer(fx.Tracer):
         root: the module to trace.
         arguments: the example's arguments, by parameter name of `forward`.
         fixed: parameters of `forward` to fix to a value.
+        compute: whether to compute what `stand_in` knows the shape of.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, arguments: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    def __init__(
+        self, root: nn.Module, arguments: Mapping[str, Any], fixed: Mapping[str, Any], compute: bool = True
+    ) -> None:
         super().__init__()
+        self._compute = compute
         self._arguments = arguments
         self._fixed = fixed
         self._executing = False
@@ -154,7 +159,9 @@ class ValueTracer(fx.Tracer):
                     return target(*args, **kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
-                return self.root.get_submodule(target)(*args, **kwargs)
+                module = self.root.get_submodule(target)
+                known = None if self._compute else stand_in(module, args, kwargs)
+                return module(*args, **kwargs) if known is None else known
         except Exception as error:
             raise ExecutionError(self.scope.module_path, error) from error
         finally:

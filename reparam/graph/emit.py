@@ -222,6 +222,11 @@ def _filled(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 def _rounded(tensor: torch.Tensor, like: TensorInfo) -> torch.Tensor | Inexact:
     rounded = tensor.to(device=like.device, dtype=like.dtype).contiguous()
-    if not bool(torch.isfinite(rounded).all()) and bool(torch.isfinite(tensor).all()):
+    if not _finite(rounded) and _finite(tensor):
         return Inexact(f"its merged weights overflow {like.dtype}", "fuse in a wider type")
     return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN. A finite sum proves it in one pass; an overflowing one proves nothing."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

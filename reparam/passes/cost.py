@@ -72,7 +72,8 @@ class CostModel:
         moved = sum(t.numel * t.dtype.itemsize for t in (*sources, out))
         module = module_of(node, root)
         if module is not None:
-            moved += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False) if p.ndim > 1)
+            weights = (p for p in module._parameters.values() if p is not None and p.ndim > 1)
+            moved += sum(p.numel() * p.element_size() for p in weights)
         macs = 0
         for made in maps:
             if not made.geometry.is_diagonal:
