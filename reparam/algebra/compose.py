@@ -20,7 +20,7 @@ import torch
 
 from reparam.algebra.affine import AffineMap, Geometry, Inexact
 from reparam.algebra.borders import crossing
-from reparam.algebra.deferred import Deferred
+from reparam.algebra.deferred import Deferred, ScaledRows
 
 
 def then(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
@@ -42,6 +42,8 @@ def then(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
         return inexact
     geometry = _then_geometry(f.geometry, g.geometry)
     first, second = f.geometry, g.geometry
+    if second.groups == second.in_channels == second.out_channels and second.weight_shape[1:] == (1,) * (rank + 1):
+        return AffineMap(geometry, ScaledRows(f.weight, g.weight), _then_bias(f, g))
     weight = Deferred(lambda w1, w2: _then_weight(first, second, geometry, w1, w2), f.weight, g.weight)
     return AffineMap(geometry, weight, _then_bias(f, g))
 
@@ -111,8 +113,6 @@ def _then_weight(
     first: Geometry, second: Geometry, result: Geometry, w1: torch.Tensor, w2: torch.Tensor
 ) -> torch.Tensor:
     """`W[o, c, s1*d2*k2 + d1*k1] += sum_m W2[o, m, k2] W1[m, c, k1]`, blockwise over the groups."""
-    if second.groups == second.in_channels == second.out_channels and w2.numel() == second.out_channels:
-        return _product(w1, w2.reshape(-1, *(1,) * (w1.ndim - 1)))
     if first.groups == first.in_channels == first.out_channels and w1.numel() == first.in_channels:
         return _scaled_columns(w2, w1.reshape(-1), second.groups)
     groups = result.groups

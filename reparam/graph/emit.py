@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from reparam.algebra import AffineMap, Geometry, Inexact, regrouped
+from reparam.algebra.deferred import Deferred
 from reparam.algebra.sources import transposed_weight
 from reparam.capture.captured import TensorInfo
 from reparam.graph.nodes import info
@@ -80,14 +81,15 @@ def _layer(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | No
     if geometry.rank == 0 and not geometry.is_diagonal and axis == len(like.shape) - 1:
         map_ = regrouped(map_, 1)
         geometry = map_.geometry
-    weight = map_.weight.evaluate()
-    rounded, shift = _rounded(weight, like), None if bias is None else _rounded(bias, like)
+    rounded = _rounded(map_.weight, like)
+    shift = None if bias is None else _rounded(Deferred.of(bias), like)
     if isinstance(rounded, Inexact) or isinstance(shift, Inexact):
         return rounded if isinstance(rounded, Inexact) else shift  # type: ignore[return-value]
     if geometry.is_diagonal:
         shape = [1] * len(like.shape)
         shape[axis] = geometry.out_channels
-        scale = None if bool((weight == 1).all()) else rounded.reshape(shape)
+        unit = map_.is_identity or bool((map_.weight.evaluate() == 1).all())
+        scale = None if unit else rounded.reshape(shape)
         text = " and ".join(w for w, t in (("scale", scale), ("shift", shift)) if t is not None)
         return Layer(None, scale=scale, shift=None if shift is None else shift.reshape(shape), description=text)
     if geometry.rank == 0 and axis == len(like.shape) - 1:
@@ -220,11 +222,14 @@ def _filled(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) 
     return module
 
 
-def _rounded(tensor: torch.Tensor, like: TensorInfo) -> torch.Tensor | Inexact:
-    rounded = tensor.to(device=like.device, dtype=like.dtype).contiguous()
-    if not _finite(rounded) and _finite(tensor):
+def _rounded(exact: Deferred, like: TensorInfo) -> torch.Tensor | Inexact:
+    """The tensor in the model's dtype and on its device; a new one, never the model's own."""
+    held: dict[Deferred, torch.Tensor] = {}
+    rounded = exact.evaluate_as(like.dtype, held).to(like.device).contiguous()
+    if not _finite(rounded) and _finite(exact.evaluate(held)):
         return Inexact(f"its merged weights overflow {like.dtype}", "fuse in a wider type")
-    return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
+    shared = any(rounded.data_ptr() == tensor.data_ptr() for tensor in held.values())
+    return rounded.clone() if shared else rounded
 
 
 def _finite(tensor: torch.Tensor) -> bool:
