@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -184,19 +185,26 @@ def _plain_target(node: fx.Node) -> Any:
 def _inplace_argument(node: fx.Node) -> Any:
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"]
+    index = _inplace_index(node.target)
+    return node.args[index] if index is not None and index < len(node.args) else None
+
+
+@lru_cache(maxsize=1024)
+def _inplace_index(function: Any) -> int | None:
+    """The position of the argument `inplace` in a function's signature, if it has one."""
     try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return None
-    index = names.index("inplace") if "inplace" in names else len(node.args)
-    return node.args[index] if index < len(node.args) else None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def _without_inplace_argument(node: fx.Node) -> None:
     if "inplace" in node.kwargs:
         node.kwargs = {**node.kwargs, "inplace": False}
     else:
-        index = list(inspect.signature(node.target).parameters).index("inplace")  # type: ignore[arg-type]
+        index = _inplace_index(node.target)
+        assert index is not None
         node.args = (*node.args[:index], *node.args[index + 1 :])
     node.meta["in_place"] = (node.target, {"inplace": True})
 
