@@ -104,9 +104,7 @@ def branches(draw: st.DrawFn) -> tuple[AffineMap, AffineMap, torch.Tensor]:
     kernel = tuple(draw(st.integers(1, 3)) for _ in range(rank))
     dilation = tuple(draw(st.integers(1, 3)) for _ in range(rank))
     lows = [draw(st.integers(-1, 2)) for _ in range(rank)]
-    highs = [
-        geometry.size_offset(axis) - lows[axis] + dilation[axis] * (kernel[axis] - 1) for axis in range(rank)
-    ]
+    highs = [geometry.size_offset(axis) - lows[axis] + dilation[axis] * (kernel[axis] - 1) for axis in range(rank)]
     groups = draw(st.sampled_from([g for g in (1, 2, 4) if 4 % g == 0 and geometry.out_channels % g == 0]))
     second = Geometry(
         4,

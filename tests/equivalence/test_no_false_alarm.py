@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reparam.equivalence import verify
-from tests.verify.nets import Branchy, Plain, TwoOutputs, example, folded, randomise
+from tests.equivalence.nets import Branchy, Plain, TwoOutputs, example, folded, randomise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

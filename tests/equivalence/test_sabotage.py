@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reparam.equivalence import verify
-from tests.verify.nets import Branchy, Plain, TwoOutputs, example, fold_bn, folded, randomise
+from tests.equivalence.nets import Branchy, Plain, TwoOutputs, example, fold_bn, folded, randomise
 
 NETS: dict[str, type[Plain]] = {"plain": Plain, "branchy": Branchy, "two outputs": TwoOutputs}
 Sabotage = Callable[[Plain, Plain], nn.Module]

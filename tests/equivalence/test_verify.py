@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from reparam.errors import InputError
 from reparam.equivalence import Comparison, compare_outputs, verify
-from tests.verify.nets import Plain, TwoOutputs, example, folded, randomise
+from reparam.errors import InputError
+from tests.equivalence.nets import Plain, TwoOutputs, example, folded, randomise
 
 
 class Function(nn.Module):

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from reparam.bench import Ratio, Timing
+from reparam.equivalence import Comparison
 from reparam.passes.base import Place, Refusal, Rewrite
 from reparam.report import OperationCounts, Report
 from reparam.report.format import count, duration, grouped_rewrites, rewrite_label
 from reparam.report.text import render_text
-from reparam.equivalence import Comparison
 
 
 def rewrite(number: int) -> Rewrite:
