@@ -5,8 +5,8 @@
 Models are drawn as Python source (`tests/fuzz`). Each is fused without verification, so that the engine alone is
 tested, and compared with the original in float64, on the example's size and, where the original takes them, on another
 batch size and another image size. A model that fails is minimised (statements are deleted while the failure persists)
-and printed as code that can be pasted. Exit status: 0 if nothing failed, 1 otherwise. A `ReparamError` for a whole model
-is a refusal and is counted; any other exception is a failure.
+and printed as code that can be pasted. Exit status: 0 if nothing failed, 1 otherwise. A `ReparamError` for a whole
+model is a refusal and is counted; any other exception is a failure.
 """
 
 from __future__ import annotations

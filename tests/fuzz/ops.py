@@ -58,7 +58,10 @@ class Scope:
 
     def layer(self, kind: str, text: str) -> str:
         """Declares an attribute of `self` and returns its name; `text` is the right-hand side."""
-        name = f"{kind}{len(self.layers) + len(self.made)}"
+        index = len(self.layers) + len(self.made)
+        while f"{kind}{index}" in self.layers:
+            index += 1
+        name = f"{kind}{index}"
         buffer = text.startswith("buffer:")
         line = f'self.register_buffer("{name}", {text[7:]})' if buffer else f"self.{name} = {text}"
         self.made[name] = line

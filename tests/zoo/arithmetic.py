@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.zoo.aliases import IMAGE, ONE, c
 from tests.zoo.case import bn, conv_bn
 from tests.zoo.trap import Lambda, Trap
-from tests.zoo.traps import IMAGE, ONE, c
 
 Forward = Callable[..., Any]
 
@@ -48,13 +48,13 @@ def modes(first: str, second: str, kernel: int = 5) -> Callable[[], nn.Module]:
     )
 
 
-def shape_branch(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def shape_branch(m: Any, x: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] > 8:
         return F.relu(m.n(m.a(x)))
     return torch.sigmoid(m.n(m.b(x)))
 
 
-def value_branch(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def value_branch(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.relu(m.n(m.a(x))) if x.sum() > 0 else torch.sigmoid(m.n(m.b(x)))
 
 

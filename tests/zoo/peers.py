@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def linear_on_tokens() -> nn.Module:
 
 
 def second_consumer() -> nn.Module:
-    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.conv(x)
         return torch.sigmoid(y) * F.relu(m.norm(y))
 
@@ -98,7 +99,7 @@ class StochasticDepth(nn.Module):
 
 
 def dropouts_between() -> nn.Module:
-    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.plane(m.drop(m.conv(x)))
         y = F.dropout2d(F.dropout(m.alpha(m.depth(y)), 0.5, m.training), 0.5, m.training)
         return F.relu(m.norm(y))
