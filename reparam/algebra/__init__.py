@@ -13,6 +13,7 @@ from reparam.algebra.sources import (
     from_conv,
     from_conv_transpose,
     from_linear,
+    from_padding,
     from_scale_shift,
     identity,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "from_conv",
     "from_conv_transpose",
     "from_linear",
+    "from_padding",
     "from_scale_shift",
     "identity",
     "plus",

@@ -80,7 +80,14 @@ def added_bias(a: Deferred | None, b: Deferred | None) -> Deferred | None:
     """The sum of two biases, None standing for zero."""
     if a is None or b is None:
         return b if a is None else a
-    return Deferred(lambda x, y: x.to(torch.float64) + y, a, b)
+    return Deferred(_cancelled_sum, a, b)
+
+
+def _cancelled_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a + b`, exactly zero where nothing but rounding is left: `y - c` and `y` with the shift `c` are such a pair."""
+    total = a.to(torch.float64) + b
+    noise = 8 * torch.finfo(torch.float64).eps * torch.maximum(a.abs(), b.abs())
+    return torch.where(total.abs() <= noise, 0.0, total)
 
 
 def _then_geometry(first: Geometry, second: Geometry) -> Geometry:

@@ -101,6 +101,14 @@ def from_average_pool(channels: int, kernel: tuple[int, ...], stride: tuple[int,
     return AffineMap.of(geometry, torch.full((channels, 1, *kernel), 1.0 / count, dtype=torch.float64))
 
 
+def from_padding(channels: int, padding: Pads, padding_mode: str, device: torch.device | str = "cpu") -> AffineMap:
+    """Explicit padding, negative where it crops: the identity with a padding."""
+    ones = (1,) * len(padding)
+    geometry = Geometry(channels, channels, channels, ones, ones, ones, ones, padding, padding_mode)
+    weight = Deferred(lambda: torch.ones(geometry.weight_shape, dtype=torch.float64, device=device))
+    return AffineMap(geometry, weight)
+
+
 def identity(channels: int, device: torch.device | str = "cpu") -> AffineMap:
     """`x` itself; `device` is where its weight of ones is made if it is needed."""
     ones = Deferred(lambda: torch.ones(channels, 1, dtype=torch.float64, device=device))

@@ -113,6 +113,8 @@ class ValueTracer(fx.Tracer):
         proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))
         if isinstance(value, torch.Tensor):
             node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
+        elif type(value) is int:
+            node.meta["number"] = value
         _note_aliases(node, value, before)
         return proxy  # type: ignore[no-any-return]
 

@@ -6,7 +6,8 @@ import copy
 
 from torch import fx, nn
 
-from reparam.graph.emit import Layer, set_module
+from reparam.graph.emit import Layer
+from reparam.graph.nodes import set_module
 
 
 def built(root: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:

@@ -19,7 +19,7 @@ from reparam.algebra import AffineMap, Geometry, Inexact, regrouped
 from reparam.algebra.deferred import Deferred
 from reparam.algebra.sources import transposed_weight
 from reparam.capture.captured import TensorInfo
-from reparam.graph.nodes import info
+from reparam.graph.nodes import info, set_module
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -155,19 +155,6 @@ def _scale_shift(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer
         return graph.call_function(torch.mul, (source, constant("scale", layer.scale)))
     shift, scale = constant("shift", layer.shift), constant("scale", layer.scale)
     return graph.call_function(torch.addcmul, (shift, source, scale))
-
-
-def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module at a qualified name, making plain parents where there are none."""
-    *parents, name = path.split(".")
-    owner = root
-    for parent in parents:
-        if not isinstance(getattr(owner, parent, None), nn.Module):
-            setattr(owner, parent, nn.Module())
-        owner = getattr(owner, parent)
-    if name in owner.__dict__ or name in owner._parameters or name in owner._buffers:
-        delattr(owner, name)
-    setattr(owner, name, module)
 
 
 def _convolution(geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | None, like: TensorInfo) -> Layer:

@@ -120,6 +120,8 @@ class LiftTable:
         for name, value in arguments.items():
             if isinstance(value, fx.Node) and value in constants:
                 arguments[name] = constants.value(value)
+            elif isinstance(value, fx.Node) and name == "groups" and "number" in value.meta:
+                arguments[name] = value.meta["number"]  # a channel count; the weight's shape fixes it
             elif isinstance(value, fx.Node) and info(value) is None:
                 return Inexact(f"its argument {name!r} is computed when the model runs", "pass a constant")
             elif isinstance(value, (list, tuple)) and any(isinstance(item, fx.Node) for item in value):
@@ -252,6 +254,30 @@ def _average_pool(call: Call, rank: int) -> Lifted | Inexact | None:
     stride = kernel if call["stride"] in (None, (), []) else _per_axis(call["stride"], rank, 1)
     pads = tuple((p, p) for p in padding)
     return Lifted((x,), lambda channels: (algebra.from_average_pool(channels, kernel, stride, pads),), 1)
+
+
+_PADDING_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+def _pad(call: Call) -> Lifted | Inexact | None:
+    x, pads = _tensor(call), call["pad"]
+    tensor = None if x is None else info(x)
+    if x is None or tensor is None or call.ndim < 3:
+        return None
+    mode = call["mode"] or "constant"
+    if mode == "constant" and call["value"] not in (None, 0, 0.0):
+        return Inexact("it pads with a value other than zero", "pad with zeros, in front of the layer before")
+    rank = call.ndim - 2
+    sides = [*_per_axis(pads, 2, 0), *(0,) * (2 * rank - len(pads))] if isinstance(pads, (list, tuple)) else []
+    if len(sides) != 2 * rank:
+        return Inexact("it pads the channels or the batch")
+    pairs = tuple((sides[2 * axis], sides[2 * axis + 1]) for axis in reversed(range(rank)))
+    device = tensor.device
+    return Lifted((x,), lambda channels: (algebra.from_padding(channels, pairs, _PADDING_MODES[mode], device),), 1)
+
+
+def _read_padding(mode: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda module: {"pad": module.padding, "mode": mode, "value": getattr(module, "value", 0)}
 
 
 def _scaled(call: Call, x: fx.Node, scale: Any, shift: Any) -> Lifted | Inexact:
@@ -399,6 +425,7 @@ _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _BINARY = ("input", "other")
+_CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -442,6 +469,16 @@ ROWS: tuple[Row, ...] = (
     Row("subtraction", _subtract, _BINARY, (operator.sub, torch.sub, torch.subtract, "sub", "subtract")),
     Row("negation", _negate, ("input",), (operator.neg, torch.neg, torch.negative, "neg", "negative")),
     Row("scale and shift", _add_scaled, ("input", "tensor1", "tensor2"), (torch.addcmul,)),
+    Row("padding", _pad, ("input", "pad", "mode", "value"), (F.pad, torch._C._nn.pad)),
+    *(
+        Row("padding", _pad, ("input",), (), modules, _read_padding(mode))
+        for mode, modules in (
+            ("constant", (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, *_CONSTANT_PADS)),
+            ("reflect", (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)),
+            ("replicate", (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)),
+            ("circular", (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)),
+        )
+    ),
     *(
         Row("average pooling", partial(_average_pool, rank=rank), _POOL, (function,), (cls,), _reader(*_POOL[1:]))
         for rank, function, cls in (

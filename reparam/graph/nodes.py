@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from reparam.capture.captured import TensorInfo
@@ -75,14 +74,14 @@ def pinned(node: fx.Node) -> str | None:
     return reason if isinstance(reason, str) else None
 
 
-def spatial(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """The sizes behind the batch and channel axes, for a tensor whose channels lie in `axis` 1."""
-    return shape[2:] if axis == 1 else ()
-
-
-def dtype_of(node: fx.Node) -> torch.dtype:
-    """The dtype of a tensor node."""
-    tensor = info(node)
-    if tensor is None:
-        raise ValueError(f"{node.name} carries no tensor")
-    return tensor.dtype
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module at a qualified name, making plain parents where there are none."""
+    *parents, name = path.split(".")
+    owner = root
+    for parent in parents:
+        if not isinstance(getattr(owner, parent, None), nn.Module):
+            setattr(owner, parent, nn.Module())
+        owner = getattr(owner, parent)
+    if name in owner.__dict__ or name in owner._parameters or name in owner._buffers:
+        delattr(owner, name)
+    setattr(owner, name, module)

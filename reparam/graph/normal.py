@@ -11,8 +11,10 @@ nothing is changed and every name of that storage is pinned: it keeps its place 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from reparam.graph.nodes import info, module_of
+from reparam.graph.nodes import info, module_of, set_module
 
 _PLAIN_OPERATOR: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -37,28 +39,25 @@ _NOT_FUNCTIONAL = {"zero_", "fill_", "copy_", "set_", "resize_", "normal_", "uni
 def normalise(graph: fx.Graph, root: nn.Module) -> None:
     """Brings the graph into normal form, in place."""
     order = {node: index for index, node in enumerate(graph.nodes)}
-    mutations = [node for node in graph.nodes if mutated(node, root) is not None]
+    mutations = [(node, target) for node in graph.nodes if (target := mutated(node, root)) is not None]
     storages = _Storages(graph) if mutations else None
-    for node in mutations:
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    for node, target in mutations:
         assert storages is not None
-        _make_plain(node, root, order, storages)
+        _make_plain(node, target, root, order, storages, shared=calls[str(node.target)] > 1)
     _drop_certain_checks(graph)
 
 
 def restore_in_place(graph: fx.Graph, root: nn.Module) -> None:
     """Turns operations that were in-place originally back, where the input is fresh and has no other reader."""
-    modules: dict[str, bool] = {}
     for node in graph.nodes:
         original = node.meta.get("in_place")
-        if original is None:
+        if original is None or not _only_reader_of_fresh_tensor(node):
             continue
-        safe = _only_reader_of_fresh_tensor(node)
-        if node.op == "call_module":
-            modules[str(node.target)] = modules.get(str(node.target), True) and safe
-        elif safe:
-            node.target, node.args, node.kwargs = original[0], node.args, {**node.kwargs, **original[1]}
-    for target, safe in modules.items():
-        root.get_submodule(target).inplace = safe  # type: ignore[assignment]
+        if node.op == "call_module" and node.target == original[0]:
+            root.get_submodule(str(node.target)).inplace = True  # type: ignore[assignment]
+        else:
+            node.target, node.kwargs = original[0], {**node.kwargs, **original[1]}
 
 
 def mutated(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -115,17 +114,16 @@ class _Storages:
         return node
 
 
-def _make_plain(node: fx.Node, root: nn.Module, order: dict[fx.Node, int], storages: _Storages) -> None:
-    target = mutated(node, root)
-    if target is None:
-        return
+def _make_plain(
+    node: fx.Node, target: fx.Node, root: nn.Module, order: dict[fx.Node, int], storages: _Storages, shared: bool
+) -> None:
     names = storages.names(target)
     read_later = [
         name
         for name in names
         if name is not node and order[name] < order[node] and any(order[user] > order[node] for user in name.users)
     ]
-    plain = _plain(node, root)
+    plain = _plain(node, root, shared)
     state = any(name.op == "get_attr" for name in names)
     if plain is None or state or not all(storages.same_view(name, target) for name in read_later):
         why = "it belongs to the model's state" if state else "its storage is written to under another name"
@@ -138,7 +136,7 @@ def _make_plain(node: fx.Node, root: nn.Module, order: dict[fx.Node, int], stora
     plain()
 
 
-def _plain(node: fx.Node, root: nn.Module) -> Callable[[], None] | None:
+def _plain(node: fx.Node, root: nn.Module, shared: bool) -> Callable[[], None] | None:
     """What turns an in-place node into its plain form, or None if it has none."""
     if any(info(other) != info(node) for other in node.all_input_nodes[:1]):
         return None
@@ -151,8 +149,14 @@ def _plain(node: fx.Node, root: nn.Module) -> Callable[[], None] | None:
         module = root.get_submodule(str(node.target))
 
         def unset() -> None:
-            module.inplace = False  # type: ignore[assignment]
             node.meta["in_place"] = (node.target, {})
+            if shared:  # another call of the same module may have to stay in-place
+                twin = copy.copy(module)
+                node.target = f"{node.target}_out_of_place"
+                set_module(root, str(node.target), twin)
+                twin.inplace = False  # type: ignore[assignment]
+            else:
+                module.inplace = False  # type: ignore[assignment]
 
         return unset
     if node.kwargs.get("out") is not None or node.target is operator.setitem:

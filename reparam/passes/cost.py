@@ -56,8 +56,8 @@ class CostModel:
         weights = prod(geometry.weight_shape)
         macs = out * prod(geometry.weight_shape[1:]) // prod(geometry.upsampling)
         padded_apart = any(low != high for low, high in geometry.padding) and not geometry.is_transposed
-        moved = size * (source.numel * (3 if padded_apart else 1) + out + weights)
-        return self.priced(macs, moved, 1 + padded_apart)
+        layer = self.priced(macs, size * (source.numel + out + weights), 1)
+        return layer + self.priced(0, 2 * size * source.numel, 1) if padded_apart else layer
 
     def of_sum(self, numel: int, itemsize: int) -> Cost:
         """Adding one tensor to another."""

@@ -99,7 +99,7 @@ def test_then_is_associative(case: tuple[list[AffineMap], torch.Tensor]) -> None
 def branches(draw: st.DrawFn) -> tuple[AffineMap, AffineMap, torch.Tensor]:
     """Two branches of one source whose output sizes agree for every input size."""
     rank = draw(st.integers(1, 3))
-    (f, *_), x = draw(chains(1)) if False else ([draw(maps(rank, 4, pointwise=False))], None)
+    f = draw(maps(rank, 4, pointwise=False))
     geometry = f.geometry
     kernel = tuple(draw(st.integers(1, 3)) for _ in range(rank))
     dilation = tuple(draw(st.integers(1, 3)) for _ in range(rank))
