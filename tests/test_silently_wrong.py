@@ -82,7 +82,9 @@ def test_folded_or_refused_with_a_reason(trap: Trap) -> None:
         assert any(word in text.lower() for text in refusals for word in trap.mentions), refusals
 
 
-@pytest.mark.parametrize("trap", [t for t in ALL if t.name.startswith(("same", "reflect", "branches"))], ids=by_name)
+@pytest.mark.parametrize(
+    "trap", [t for t in ALL if t.name.startswith(("same", "reflect", "branches", "swapped"))], ids=by_name
+)
 def test_other_image_sizes(trap: Trap) -> None:
     model, result = fuse(trap, verify=False)
     for size in ((6, 6), (9, 12), (13, 7)):

@@ -199,6 +199,7 @@ def _border_cases() -> list[Trap]:
             ),
             (2, 4, 9, 11),
         ),
+        Trap("swapped_axes_pooled", one(lambda m, x: F.avg_pool2d(3 * m.a(x).transpose(1, 2), 3, 1, 1)), IMAGE),
         Trap("norm_before_max_pool", lambda: nn.Sequential(c(), bn(2, 4), nn.MaxPool2d(2)), IMAGE, ONE),
         Trap("norm_behind_max_pool", lambda: nn.Sequential(c(), nn.MaxPool2d(2), bn(2, 4)), IMAGE),
         Trap("leaky_relu_with_slope_one", lambda: nn.Sequential(c(), nn.LeakyReLU(1.0), bn(2, 4)), IMAGE),
