@@ -130,12 +130,15 @@ class AffineMap:
         weight: `[out_channels, in_channels / groups, *kernel]`, deferred.
         bias: `[out_channels]`, deferred, or None for an exact zero.
         is_identity: known to return its input unchanged.
+        has_weights: whether its numbers are learned, or made by composing or adding maps. A pooling, a padding and an
+            identity have none: they take any number of channels.
     """
 
     geometry: Geometry
     weight: Deferred
     bias: Deferred | None = None
     is_identity: bool = False
+    has_weights: bool = True
 
     @classmethod
     def of(cls, geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | None = None) -> AffineMap:

@@ -91,14 +91,21 @@ def from_scale_shift(scale: torch.Tensor | None, shift: torch.Tensor | None) -> 
     return AffineMap.of(_diagonal(given.numel()), weight.unsqueeze(1), shift)
 
 
-def from_average_pool(channels: int, kernel: tuple[int, ...], stride: tuple[int, ...], padding: Pads) -> AffineMap:
+def from_average_pool(
+    channels: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: Pads,
+    device: torch.device | str = "cpu",
+) -> AffineMap:
     """Average pooling that counts its padding (or has none), without `ceil_mode`."""
     count = 1
     for k in kernel:
         count *= k
     ones = (1,) * len(kernel)
     geometry = Geometry(channels, channels, channels, kernel, stride, ones, ones, padding)
-    return AffineMap.of(geometry, torch.full((channels, 1, *kernel), 1.0 / count, dtype=torch.float64))
+    weight = Deferred(lambda: torch.full((channels, 1, *kernel), 1.0 / count, dtype=torch.float64, device=device))
+    return AffineMap(geometry, weight, has_weights=False)
 
 
 def from_padding(channels: int, padding: Pads, padding_mode: str, device: torch.device | str = "cpu") -> AffineMap:
@@ -106,13 +113,13 @@ def from_padding(channels: int, padding: Pads, padding_mode: str, device: torch.
     ones = (1,) * len(padding)
     geometry = Geometry(channels, channels, channels, ones, ones, ones, ones, padding, padding_mode)
     weight = Deferred(lambda: torch.ones(geometry.weight_shape, dtype=torch.float64, device=device))
-    return AffineMap(geometry, weight)
+    return AffineMap(geometry, weight, has_weights=False)
 
 
 def identity(channels: int, device: torch.device | str = "cpu") -> AffineMap:
     """`x` itself; `device` is where its weight of ones is made if it is needed."""
     ones = Deferred(lambda: torch.ones(channels, 1, dtype=torch.float64, device=device))
-    return AffineMap(_diagonal(channels), ones, None, is_identity=True)
+    return AffineMap(_diagonal(channels), ones, None, is_identity=True, has_weights=False)
 
 
 def _diagonal(channels: int) -> Geometry:

@@ -86,12 +86,11 @@ def _layer(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | No
     if isinstance(rounded, Inexact) or isinstance(shift, Inexact):
         return rounded if isinstance(rounded, Inexact) else shift  # type: ignore[return-value]
     if geometry.is_diagonal:
-        shape = [1] * len(like.shape)
-        shape[axis] = geometry.out_channels
         unit = map_.is_identity or bool((map_.weight.evaluate() == 1).all())
-        scale = None if unit else rounded.reshape(shape)
+        scale = None if unit else _broadcastable(rounded, like, axis)
+        shift = None if shift is None else _broadcastable(shift, like, axis)
         text = " and ".join(w for w, t in (("scale", scale), ("shift", shift)) if t is not None)
-        return Layer(None, scale=scale, shift=None if shift is None else shift.reshape(shape), description=text)
+        return Layer(None, scale=scale, shift=shift, description=text)
     if geometry.rank == 0 and axis == len(like.shape) - 1:
         module = _blank(nn.Linear, geometry.in_channels, geometry.out_channels, bias=shift is not None)
         return Layer(_filled(module, rounded, shift), description=f"Linear({module.extra_repr()})")
@@ -155,6 +154,16 @@ def _scale_shift(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer
         return graph.call_function(torch.mul, (source, constant("scale", layer.scale)))
     shift, scale = constant("shift", layer.shift), constant("scale", layer.scale)
     return graph.call_function(torch.addcmul, (shift, source, scale))
+
+
+def _broadcastable(vector: torch.Tensor, like: TensorInfo, axis: int) -> torch.Tensor:
+    """The vector along `axis`; one number where it is constant, since then no weight fixes the size of that axis."""
+    shape = [1] * len(like.shape)
+    vector = vector.reshape(-1)
+    if bool((vector == vector[0]).all()):
+        return vector[:1].clone().reshape(shape)
+    shape[axis] = vector.numel()
+    return vector.reshape(shape)
 
 
 def _convolution(geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | None, like: TensorInfo) -> Layer:

@@ -253,7 +253,8 @@ def _average_pool(call: Call, rank: int) -> Lifted | Inexact | None:
     kernel = _per_axis(call["kernel_size"], rank, 1)
     stride = kernel if call["stride"] in (None, (), []) else _per_axis(call["stride"], rank, 1)
     pads = tuple((p, p) for p in padding)
-    return Lifted((x,), lambda channels: (algebra.from_average_pool(channels, kernel, stride, pads),), 1)
+    device = getattr(info(x), "device", "cpu")
+    return Lifted((x,), lambda channels: (algebra.from_average_pool(channels, kernel, stride, pads, device),), 1)
 
 
 _PADDING_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}

@@ -27,6 +27,9 @@ _DEEPEST_CUT = 2
 _LARGEST_CONE = 400
 
 
+_NO_WEIGHTS = Inexact("it is no layer with weights, and would become a convolution only to save a cheap operation")
+
+
 @dataclass(frozen=True)
 class Solution:
     """The real nodes inside one cone, and what running them costs."""
@@ -178,10 +181,16 @@ class Search:
         axis = self._region.affine[node].axis
         for term in form.terms:
             why = unwritable(term.map.geometry, len(tensor.shape) if tensor else 0, axis)
+            if why is None and not term.map.geometry.is_diagonal and not any(map(self._has_weights, cone)):
+                why = _NO_WEIGHTS
             if why is not None:
                 operand = next(o for o in reversed(cone[:-1]) if o in self._region.affine[node].operands)
                 return Blocked(operand, node, why)
         return None
+
+    def _has_weights(self, node: fx.Node) -> bool:
+        maps = self._region.affine[node].maps
+        return any(map_.has_weights and not map_.geometry.is_diagonal for map_ in maps)
 
     def _operands_of_first_sum(self, node: fx.Node, cone: list[fx.Node]) -> set[fx.Node]:
         """The operands inside the cone of the sum that `node` is, or is a chain of single operations over."""
