@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests, from a bare clone on: bash tools/test.sh [pytest's arguments, paths relative to the repository]
+# Runs the tests, from a bare clone on: bash tools/test.sh [pytest's arguments, paths relative to the repository; -n 0 for one process]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-exec "$VENV/bin/python" -m pytest -q "$@"
+exec "$VENV/bin/python" -m pytest -q -n auto "$@"
