@@ -1,0 +1,196 @@
+"""reparam beside other tools in one run: what each leaves of real models, and where each is wrong on trivial ones.
+
+    python benchmarks/peers.py [--models repvgg_a0,...] [--size 64] [--skip-inductor]
+
+First table: convolutions / BatchNorms that one forward pass executes (counted at the dispatcher by
+`tools/layer_counts.py`, which shares nothing with reparam) as built and after each tool, and the relative float64 error
+against the original. Second table: the largest absolute float64 error on models on which some tool is known to be
+silently wrong (`tests/zoo/peers.py`). A tool that raises gets `-`; what it said is in the JSON. Only tools that are
+installed are run. Written: `benchmarks/results/peers.json` and `.md`.
+
+Exit status 1 if reparam raises or is wrong anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils._pytree import tree_map  # noqa: E402
+
+from benchmarks.peers_table import ModelRow, TrapRow, markdown, verdict  # noqa: E402
+from reparam.bench.machine import hardware_name  # noqa: E402
+from tests.zoo.peers import PEERS  # noqa: E402
+from tools import timm_zoo  # noqa: E402
+from tools.layer_counts import count_layers, errors, output_of  # noqa: E402
+
+MODELS = "repvgg_a0,mobileone_s0,mobileone_s1,resnet18,resnet50,efficientnet_b0"
+SIZE = 64
+Tool = Callable[[nn.Module, torch.Tensor], Callable[..., Any]]
+
+
+def torch_fx(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Folds BatchNorm modules into the convolution or linear module before them."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(model)
+
+
+def fuse_fx(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The fusion of torch's graph-mode quantisation."""
+    from torch.ao.quantization.quantize_fx import fuse_fx as fuse
+
+    return fuse(model)
+
+
+def inductor(model: nn.Module, x: torch.Tensor) -> Callable[..., Any]:
+    """The compiler with freezing, which folds constants into convolutions."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+
+    def run(*inputs: torch.Tensor) -> Any:
+        # Compilation happens in the first call for each shape; freezing must be on by then, and gradients off.
+        # `torch.compile(options={"freezing": True})` is not enough for it to fold anything.
+        with config.patch(freezing=True), torch.no_grad():
+            return compiled(*inputs)
+
+    run(x)  # compiles now, so that what it raises is known
+    return run
+
+
+def timm_own(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The conversions that timm's authors wrote for their own blocks."""
+    converted: nn.Module = timm_zoo.import_timm().utils.reparameterize_model(model)
+    return converted.eval()
+
+
+def ours(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """reparam without verification: the engine alone."""
+    from reparam import fuse
+
+    return fuse(model, x, verify=False).module
+
+
+ON_MODELS: dict[str, Tool] = {"torch.fx fuse": torch_fx, "timm reparameterize_model": timm_own, "reparam": ours}
+ON_TRAPS: dict[str, Tool] = {
+    "torch.fx fuse": torch_fx,
+    "fuse_fx": fuse_fx,
+    "Inductor freezing (float32)": inductor,
+    "reparam": ours,
+}
+IN_FLOAT32 = {"Inductor freezing (float32)"}
+"""With freezing, Inductor raises on float64 models whose convolutions it would pack."""
+
+
+def first_line(error: BaseException) -> str:
+    """The exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+
+
+def on_model(name: str, size: int) -> ModelRow:
+    """One row of the first table."""
+    model = timm_zoo.create(name).double()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = output_of(model, x)
+    left, wrong, raised = {"as built": count_layers(model, x).to_dict()}, {}, {}
+    for tool, convert in ON_MODELS.items():
+        try:
+            converted = convert(copy.deepcopy(model), x)
+            left[tool] = count_layers(converted, x).to_dict()
+            wrong[tool] = errors(expected, output_of(converted, x))[1]
+        except Exception as error:
+            left.pop(tool, None)
+            raised[tool] = first_line(error)
+    return ModelRow(name, left, wrong, raised)
+
+
+def on_trap(trap: Any, tools: dict[str, Tool]) -> TrapRow:
+    """One row of the second table: the error on the example and on another batch size."""
+    wrong, raised = {}, {}
+    for tool, convert in tools.items():
+        dtype = torch.float32 if tool in IN_FLOAT32 else torch.float64
+        model, x, more = trap.make().to(dtype), trap.example().to(dtype), trap.example(batch=5).to(dtype)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # other tools' deprecations
+                converted = convert(copy.deepcopy(model), x)
+                pairs = [(output_of(model, inputs), output_of(converted, inputs)) for inputs in (x, more)]
+            wrong[tool] = max(errors(expected, got)[0] for expected, got in pairs)
+        except Exception as error:
+            raised[tool] = first_line(error)
+    model, x = trap.make(), trap.example()
+    expected = output_of(model, x)
+    largest = errors(expected, tree_map(torch.zeros_like, expected))[0]
+    return TrapRow(trap.name, largest, wrong, raised)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes the whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + f".{os.getpid()}.part")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command line that measures the same."""
+    parts = ["python benchmarks/peers.py"]
+    parts += [f"--models {args.models}"] if args.models != MODELS else []
+    parts += [f"--size {args.size}"] if args.size != SIZE else []
+    parts += ["--skip-inductor"] if args.skip_inductor else []
+    return " ".join(parts)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=MODELS, help="timm models, with commas; empty for none")
+    parser.add_argument("--size", type=int, default=SIZE, help="height and width of the images")
+    parser.add_argument("--skip-inductor", action="store_true", help="leave out what needs a C++ compiler and a minute")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    models = []
+    for name in [name for name in args.models.split(",") if name]:
+        models.append(on_model(name, args.size))
+        print(models[-1].line(), flush=True)
+    tools = {name: tool for name, tool in ON_TRAPS.items() if not (args.skip_inductor and tool is inductor)}
+    traps = []
+    for trap in PEERS:
+        traps.append(on_trap(trap, tools))
+        print(traps[-1].line(), flush=True)
+    facts = {
+        "command": command(args),
+        "hardware": hardware_name(torch.device("cpu")),
+        "torch": torch.__version__,
+        "timm": timm_zoo.import_timm().__version__,
+        "size": args.size,
+    }
+    rows = {"models": [row.to_dict() for row in models], "traps": [row.to_dict() for row in traps]}
+    write(args.out / "peers.json", json.dumps({**facts, **rows}, indent=1) + "\n")
+    write(args.out / "peers.md", markdown(models, traps, facts))
+    problems = verdict(models, traps)
+    print(*(f"FAIL: {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
