@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
+from torch import fx, nn  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
 
 from benchmarks.peers_table import ModelRow, TrapRow, markdown, verdict  # noqa: E402
@@ -35,10 +34,11 @@ from reparam.bench.machine import hardware_name  # noqa: E402
 from tests.zoo.peers import PEERS  # noqa: E402
 from tools import timm_zoo  # noqa: E402
 from tools.layer_counts import count_layers, errors, output_of  # noqa: E402
+from tools.record import first_line, write  # noqa: E402
 
 MODELS = "repvgg_a0,mobileone_s0,mobileone_s1,resnet18,resnet50,efficientnet_b0"
 SIZE = 64
-Tool = Callable[[nn.Module, torch.Tensor], Callable[..., Any]]
+Tool = Callable[[nn.Module, torch.Tensor], nn.Module]
 
 
 def torch_fx(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -55,21 +55,30 @@ def fuse_fx(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return fuse(model)
 
 
-def inductor(model: nn.Module, x: torch.Tensor) -> Callable[..., Any]:
-    """The compiler with freezing, which folds constants into convolutions."""
-    from torch._inductor import config
+class Frozen(nn.Module):
+    """A model compiled with freezing on and gradients off.
 
-    torch._dynamo.reset()
-    compiled = torch.compile(model)
+    Compilation happens in the first call for each shape, so both must be so in every call;
+    `torch.compile(options={"freezing": True})` is not enough for constants to be folded.
+    """
 
-    def run(*inputs: torch.Tensor) -> Any:
-        # Compilation happens in the first call for each shape; freezing must be on by then, and gradients off.
-        # `torch.compile(options={"freezing": True})` is not enough for it to fold anything.
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        torch._dynamo.reset()
+        self.compiled = torch.compile(model)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        from torch._inductor import config
+
         with config.patch(freezing=True), torch.no_grad():
-            return compiled(*inputs)
+            return self.compiled(*inputs)
 
-    run(x)  # compiles now, so that what it raises is known
-    return run
+
+def inductor(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The compiler with freezing, which folds constants into convolutions."""
+    frozen = Frozen(model)
+    frozen(x)  # compiles now, so that what it raises is known
+    return frozen
 
 
 def timm_own(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -93,12 +102,7 @@ ON_TRAPS: dict[str, Tool] = {
     "reparam": ours,
 }
 IN_FLOAT32 = {"Inductor freezing (float32)"}
-"""With freezing, Inductor raises on float64 models whose convolutions it would pack."""
-
-
-def first_line(error: BaseException) -> str:
-    """The exception's type and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+"""With freezing, Inductor raises on float64 models whose convolutions it would pack for mkldnn."""
 
 
 def on_model(name: str, size: int) -> ModelRow:
@@ -116,6 +120,37 @@ def on_model(name: str, size: int) -> ModelRow:
             left.pop(tool, None)
             raised[tool] = first_line(error)
     return ModelRow(name, left, wrong, raised)
+
+
+def remove_dropout(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """torch.fx's removal of dropout."""
+    from torch.fx.experimental.optimization import remove_dropout as remove
+
+    return remove(model)
+
+
+def dropouts(module: nn.Module) -> int:
+    """Dropouts that `module` calls, by the names of its modules and, in a graph, of the functions called."""
+    layers = sum("dropout" in type(part).__name__.lower() for part in module.modules())
+    if not isinstance(module, fx.GraphModule):
+        return layers
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    return layers + sum("dropout" in getattr(node.target, "__name__", "") for node in calls)
+
+
+def dropouts_left() -> dict[str, int]:
+    """Dropouts in the traced graph of the model with all kinds of them: as built, and after what removes them."""
+    trap = next(trap for trap in PEERS if trap.name == "all_dropouts")
+    model, x = trap.make(), trap.example()
+    tools: dict[str, Tool] = {"as built": lambda m, x: fx.symbolic_trace(m), "remove_dropout": remove_dropout}
+    left = {}
+    for tool, convert in {**tools, "reparam": ours}.items():
+        converted = convert(copy.deepcopy(model), x)
+        assert isinstance(converted, fx.GraphModule)
+        # Only what is called counts: a traced module may still hold layers that its graph no longer uses.
+        converted.delete_all_unused_submodules()
+        left[tool] = dropouts(converted)
+    return left
 
 
 def on_trap(trap: Any, tools: dict[str, Tool]) -> TrapRow:
@@ -136,14 +171,6 @@ def on_trap(trap: Any, tools: dict[str, Tool]) -> TrapRow:
     expected = output_of(model, x)
     largest = errors(expected, tree_map(torch.zeros_like, expected))[0]
     return TrapRow(trap.name, largest, wrong, raised)
-
-
-def write(path: Path, text: str) -> None:
-    """Writes the whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + f".{os.getpid()}.part")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 def command(args: argparse.Namespace) -> str:
@@ -183,6 +210,7 @@ def main() -> int:
         "torch": torch.__version__,
         "timm": timm_zoo.import_timm().__version__,
         "size": args.size,
+        "dropouts": dropouts_left(),
     }
     rows = {"models": [row.to_dict() for row in models], "traps": [row.to_dict() for row in traps]}
     write(args.out / "peers.json", json.dumps({**facts, **rows}, indent=1) + "\n")

@@ -143,5 +143,11 @@ def markdown(models: Sequence[ModelRow], traps: Sequence[TrapRow], facts: Mappin
                 [[TITLES.get(row.model, row.model), *(row.cell(tool) for tool in tools)] for row in traps],
             ),
         ]
+    left = facts["dropouts"]
+    lines += [
+        "",
+        f"Of {left['as built']} dropouts of several kinds in one traced graph, torch.fx `remove_dropout` leaves "
+        f"{left['remove_dropout']}, reparam {left[OURS]}.",
+    ]
     lines += ["", f"Measured by `{facts['command']}` on {facts['hardware']} with torch {facts['torch']}.", ""]
     return "\n".join(lines)

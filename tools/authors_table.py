@@ -157,7 +157,7 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         "",
         "Each cell: as built / after `timm.utils.reparameterize_model` / after `reparam.fuse`; executed operations, "
         "counted at the dispatcher. Scales are elementwise operations with a weight. Errors are relative to the "
-        "largest output, in float64; noise is what the original itself makes of a change of its input in the last digit.",
+        "largest output, in float64; noise is what the original makes of a change of its input in the last digit.",
         "",
         "| family | model | convs | BNs | linears | scales | noise | their error | our error |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",

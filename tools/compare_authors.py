@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from torch import nn  # noqa: E402
 from tools import timm_zoo  # noqa: E402
 from tools.authors_table import Row, exceptions, markdown, summary  # noqa: E402
 from tools.layer_counts import count_layers, errors, output_of  # noqa: E402
+from tools.record import first_line, write  # noqa: E402
 
 FAMILIES = (
     "byobnet", "fastvit", "repvit", "repghost", "ghostnet", "levit", "efficientvit_msra",
@@ -132,11 +132,6 @@ def ours(model: nn.Module, x: torch.Tensor, expected: Any) -> dict[str, Any]:
     }
 
 
-def first_line(error: BaseException) -> str:
-    """The exception's type and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
-
-
 def selected(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """What `args` asks for, smallest models first."""
     found = sorted(candidates(), key=lambda candidate: candidate[2])
@@ -153,14 +148,6 @@ def revision() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or "unknown"
-
-
-def write(path: Path, text: str) -> None:
-    """Writes the whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + f".{os.getpid()}.part")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 def save(out: Path, rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from benchmarks import peers
 from benchmarks.peers_table import TITLES, ModelRow, TrapRow, markdown, verdict
 from tests.zoo.peers import PEERS
 
-FACTS = {"command": "python x.py", "hardware": "abacus", "torch": "2", "timm": "1", "size": 64}
+FACTS: dict[str, Any] = {"command": "python x.py", "hardware": "abacus", "torch": "2", "timm": "1", "size": 64}
+FACTS["dropouts"] = {"as built": 5, "remove_dropout": 4, "reparam": 0}
 BUILT = {"convolutions": 4, "batch_norms": 6}
 
 
@@ -37,6 +39,7 @@ def test_page() -> None:
     assert "| model | as built | other | reparam |\n|---|--:|--:|--:|\n| net | 4 / 6 | - | 2 / 0 (1e-15) |" in page
     assert "| model | other | third | reparam |" in page
     assert "| conv with bias + BN | **0.25** | - | 1e-15 |" in page
+    assert "Of 5 dropouts of several kinds in one traced graph, torch.fx `remove_dropout` leaves 4, reparam 0." in page
     assert "Measured by `python x.py` on abacus with torch 2." in page
 
 
@@ -63,3 +66,10 @@ def test_a_tool_that_raises_is_recorded() -> None:
     row = peers.on_trap(PEERS[0], {"broken": broken})
     assert row.raised == {"broken": "TypeError: first"}
     assert row.cell("broken") == "-"
+
+
+def test_dropouts_are_counted_in_every_spelling() -> None:
+    left = peers.dropouts_left()
+    assert left["as built"] == 5
+    assert left["as built"] > left["remove_dropout"] > 0
+    assert left["reparam"] == 0
