@@ -50,6 +50,18 @@ def require_value(actual: Any, expected: Any, name: str) -> None:
         raise ValueError(f"this model was captured for {name}={expected!r} and cannot run with {name}={actual!r}")
 
 
+def require_length(actual: Any, expected: int) -> None:
+    """Stands in a captured graph where the elements of an argument were taken one by one.
+
+    Raises:
+        ValueError: the argument has another number of elements than the example had.
+    """
+    if len(actual) != expected:
+        raise ValueError(
+            f"this model was captured for {expected} elements in an argument and cannot take {len(actual)}"
+        )
+
+
 class ValueTracer(fx.Tracer):
     """Tracer whose proxies carry values.
 
@@ -136,9 +148,18 @@ class ValueTracer(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         value = obj.reparam_value
+        if _is_argument(obj) and isinstance(value, (tuple, list)):
+            self.create_proxy("call_function", require_length, (obj, len(value)), {})
+            return builtins.iter([obj[index] for index in range(len(value))])
         if isinstance(value, torch.Size) or obj.reparam_constant:
             return builtins.iter([obj[index] for index in range(len(value))])
         return super().iter(obj)
+
+    def keys(self, obj: Any) -> Any:
+        if _is_argument(obj) and isinstance(obj.reparam_value, dict):
+            self.create_proxy("call_function", require_length, (obj, len(obj.reparam_value)), {})
+            return list(obj.reparam_value)
+        return super().keys(obj)
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any = None) -> Any:
         proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
@@ -185,6 +206,10 @@ class ValueProxy(fx.Proxy):
         return _attribute_of(self, k)
 
     def __len__(self) -> int:
+        if _is_argument(self) and isinstance(self.reparam_value, (tuple, list, dict)):
+            length = len(self.reparam_value)
+            self.tracer.create_proxy("call_function", require_length, (self, length), {})
+            return length
         if isinstance(self.reparam_value, torch.Size) or self.reparam_constant:
             return len(self.reparam_value)
         return int(super().__len__())
@@ -239,6 +264,11 @@ class ValueAttribute(fx.proxy.Attribute):
         return super().__ne__(other)
 
     __hash__ = fx.proxy.Attribute.__hash__
+
+
+def _is_argument(proxy: Any) -> bool:
+    """Whether it is an argument of the model (`*args` and lists among them), whose structure the example fixes."""
+    return not isinstance(proxy, fx.proxy.Attribute) and bool(proxy.node.op == "placeholder")
 
 
 def _is_tensor(proxy: Any) -> bool:

@@ -8,6 +8,7 @@ A new linear operation is one row here and, if it is new to the algebra, one for
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -408,10 +409,15 @@ def _per_axis(value: Any, rank: int, default: int) -> tuple[int, ...]:
 
 
 def _reader(*names: str) -> Callable[[Any], dict[str, Any]]:
-    return lambda module: {name: _detached(getattr(module, name, None)) for name in names}
+    return lambda module: {name: _read(module, name) for name in names}
 
 
-def _detached(value: Any) -> Any:
+def _read(module: nn.Module, name: str) -> Any:
+    if parametrize.is_parametrized(module, name):
+        # The weight is an expression of others; like every merged weight it is computed in float64.
+        with torch.no_grad():
+            return copy.deepcopy(module.parametrizations[name]).double()()  # type: ignore[index,operator]
+    value = getattr(module, name, None)
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 

@@ -280,6 +280,6 @@ def _has_effect(node: fx.Node) -> bool:
         return True
     if node.meta.get("pinned") and node.op != "get_attr":
         return True
-    if node.op == "call_function" and getattr(node.target, "__name__", "") == "require_value":
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in ("require_value", "require_length"):
         return True
     return node.op == "call_function" and bool(node.is_impure())
