@@ -243,3 +243,32 @@ def test_a_model_that_caches_what_it_computed_is_left_alone() -> None:
     second = reparam.fuse(model, x)
     assert relative_error(output_of(first.module, x), output_of(second.module, x)) == 0
     assert relative_error(output_of(copy.deepcopy(model), x), output_of(first.module, x)) < EXACT
+
+
+class Anything(nn.Module):
+    """Takes its tensors as `*args`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), bn(2, 4)
+
+    def forward(self, *images: torch.Tensor) -> torch.Tensor:
+        return sum(self.norm(self.conv(image)) for image in images)  # type: ignore[return-value]
+
+
+def test_variable_arguments_are_fixed_to_the_example_and_say_so() -> None:
+    model, x = Anything().double().eval(), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    result = reparam.fuse(model, (x, 2 * x), verify=False)
+    assert relative_error(model(x, x + 1), result.module(x, x + 1)) < EXACT
+    with pytest.raises(ValueError, match="captured for 2 elements"):
+        result.module(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parametrised_weights_are_computed_in_float64(dtype: torch.dtype) -> None:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
+    model = nn.Sequential(conv, bn(2, 6), nn.ReLU()).to(dtype).eval()
+    result = reparam.fuse(model, torch.randn(2, 4, 8, 8, dtype=dtype))
+    assert result.report.comparison is not None
+    assert result.report.comparison.passed
+    assert result.report.after.batch_norms == 0
