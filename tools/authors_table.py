@@ -134,10 +134,12 @@ def summary(rows: Iterable[Row]) -> list[str]:
         lines.append(f"Theirs is not exact in {', '.join(said)}.")
     if raised := [row for row in rows if row.authors_failed]:
         lines.append("Theirs raises in " + ", ".join(f"{row.model} ({row.authors_failed})" for row in raised) + ".")
-    bad = [(row, list(complaints(row))) for row in exceptions(rows)]
-    if bad:
-        said = (f"{row.model} ({'; '.join(text)})" for row, text in bad)
-        lines.append(f"Exceptions ({len(bad)}): {'; '.join(said)}.")
+    alike: dict[str, list[str]] = {}
+    for row in exceptions(rows):
+        alike.setdefault("; ".join(complaints(row)), []).append(row.model)
+    if alike:
+        lines.append(f"Exceptions ({sum(map(len, alike.values()))}):")
+        lines += [f"- {', '.join(models)}: {text}" for text, models in alike.items()]
     else:
         lines.append("No exceptions.")
     return lines

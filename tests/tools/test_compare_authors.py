@@ -59,19 +59,20 @@ def test_summary_counts_and_names_the_exceptions() -> None:
     rows = [
         row(),
         row(model="worse", ours=counts(5, 2)),
+        row(model="again", ours=counts(5, 1)),
         row(model="wrong", authors_error=0.5),
         row(model="rounded", authors_error=1e-3, authors_float32=True),
         row(model="raises", authors={}, authors_error=None, authors_failed="TypeError: no"),
     ]
     text = " ".join(summary(rows))
-    assert "5 models, 4 converted by both" in text
-    assert "at most as many convolutions as theirs in 3, at most as many BatchNorms in 4" in text
-    assert "Theirs leaves BatchNorms in 4 models, ours fewer in 3" in text
+    assert "6 models, 5 converted by both" in text
+    assert "at most as many convolutions as theirs in 3, at most as many BatchNorms in 5" in text
+    assert "Theirs leaves BatchNorms in 5 models, ours fewer in 4" in text
     assert "not exact in wrong (float64 error 5.0e-01)." in text
     assert "float32 in 1 models (repvit)" in text
     assert "raises in raises (TypeError: no)" in text
-    assert "Exceptions (1): worse (5 convolutions, theirs 4)." in text
-    assert [bad.model for bad in exceptions(rows)] == ["worse"]
+    assert "Exceptions (2): - worse, again: 5 convolutions, theirs 4" in text
+    assert [bad.model for bad in exceptions(rows)] == ["worse", "again"]
     assert "No exceptions." in summary([row()])
 
 
