@@ -170,5 +170,5 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         cells += [error_text(row.noise), their_error, error_text(row.ours_error)]
         lines.append(f"| {row.family} | {row.model} | " + " | ".join(cells) + " |")
     for line in summary(rows):
-        lines += ["", line]
+        lines += [line] if line.startswith("- ") else ["", line]
     return "\n".join([*lines, ""])
