@@ -27,6 +27,9 @@ LUCK_DEVIATIONS = 3.0
 # A value is stored with half a ULP of error, and folding rounds one weight and one bias once, each half a ULP of the
 # terms that are summed; the original may have none of the three (it can be exact). Twice their sum of 3/2, rounded up.
 FLOOR_ULPS = 4.0
+# A runtime's kernels sum in another order than the original's: over k terms that alone moves a result by up to
+# sqrt(k)/2 ULP, of which the original's own noise on few outputs says little. 4 times the floor is k = 1024 terms.
+RUNTIME_FLOOR = 4.0
 # Multiple of the original's noise up to which the rounding of the candidate's own weights is excused.
 MAX_WEIGHT_ROUNDING = 4.0
 FEW_ELEMENTS = 16

@@ -23,6 +23,7 @@ class Rules:
         algebra_tolerance: scaled float64 difference that is allowed.
         dtype: the deployment dtype.
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
+        runtime: the candidate is no module but runs elsewhere, where kernels sum in another order than torch's.
     """
 
     noise_factor: float = NOISE_FACTOR
@@ -30,6 +31,7 @@ class Rules:
     dtype: torch.dtype = torch.float32
     check_dtypes: bool = True
     check_structure: bool = True
+    runtime: bool = False
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def verify(
     """
     inputs = Inputs.of(example_inputs)
     dtype = deployment_dtype(original, inputs)
-    rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure)
+    runtime = not isinstance(candidate, nn.Module)
+    rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = _session(original, candidate, candidate_float64, rules, seed)
     failures = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
     ran = []
