@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from reparam.graph.constants import Constants
-from reparam.graph.lift import TABLE
 from reparam.graph.nodes import attribute, info, module_of
+from reparam.graph.table import TABLE
 
 _COUNTED = {
     "convolution": "convolutions",

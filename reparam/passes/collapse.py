@@ -3,7 +3,7 @@
     v = sum_j A_j(u_j)  ->  one layer per source u_j that is not merely added
 
 BatchNorm, scales, chains and parallel branches are all the same case: maps that compose (`then`) or add (`plus`).
-Preconditions are those of the maps themselves (`reparam.algebra.borders`, `reparam.graph.lift`). What stays real is
+Preconditions are those of the maps themselves (`reparam.algebra.borders`, `reparam.graph.table`). What stays real is
 chosen by `reparam.passes.search`. Nothing is approximated; what cannot be exact stays, with a `Refusal`.
 """
 
@@ -19,9 +19,10 @@ from reparam.algebra import Inexact
 from reparam.algebra.compose import added_bias
 from reparam.graph.constants import Constants
 from reparam.graph.emit import Layer, insert, layer_for
-from reparam.graph.lift import TABLE, LiftTable
+from reparam.graph.lift import LiftTable
 from reparam.graph.nodes import described, info, module_of, place
 from reparam.graph.normal import eliminate_dead_code
+from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
 from reparam.passes.reasons import reasons

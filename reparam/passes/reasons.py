@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import fx, nn
 
 from reparam.algebra import Inexact
-from reparam.graph.lift import TABLE
 from reparam.graph.nodes import kind, place
+from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal
 from reparam.passes.region import Region
 from reparam.passes.search import Search

@@ -1,0 +1,123 @@
+"""The lift table: one row for each linear operation, with all its spellings.
+
+A new linear operation is one row here and one formula in `reparam.graph.formulas`; the docs show an example. A table of
+other rows can be given to the passes that use it.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from reparam.graph.formulas import arithmetic, layers
+from reparam.graph.lift import LiftTable, Row
+
+
+def _read_padding(mode: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda module: {"pad": module.padding, "mode": mode, "value": getattr(module, "value", 0)}
+
+
+def _reader(*names: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda module: {name: _read(module, name) for name in names}
+
+
+def _read(module: nn.Module, name: str) -> Any:
+    if parametrize.is_parametrized(module, name):
+        # The weight is an expression of others; like every merged weight it is computed in float64.
+        with torch.no_grad():
+            return copy.deepcopy(module.parametrizations[name]).double()()  # type: ignore[index,operator]
+    value = getattr(module, name, None)
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _read_batch_norm(module: Any) -> dict[str, Any]:
+    return {
+        **_reader("running_mean", "running_var", "weight", "bias", "eps")(module),
+        "training": module.training,
+    }
+
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_BINARY = ("input", "other")
+_CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "convolution",
+        layers.conv,
+        _CONV,
+        (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        _reader(*_CONV[1:], "padding_mode"),
+    ),
+    Row(
+        "transposed convolution",
+        layers.conv_transpose,
+        _CONV_TRANSPOSE,
+        (
+            *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+            *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        ),
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        _reader(*_CONV_TRANSPOSE[1:]),
+    ),
+    Row(
+        "linear layer",
+        layers.linear,
+        ("input", "weight", "bias"),
+        (F.linear, torch._C._nn.linear),
+        (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear),
+        _reader("weight", "bias"),
+    ),
+    Row(
+        "batch normalisation",
+        layers.batch_norm,
+        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+        (F.batch_norm,),
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        _read_batch_norm,
+    ),
+    Row("multiplication", arithmetic.multiply, _BINARY, (operator.mul, torch.mul, torch.multiply, "mul", "multiply")),
+    Row(
+        "division",
+        arithmetic.divide,
+        _BINARY,
+        (operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide"),
+    ),
+    Row("addition", arithmetic.add, _BINARY, (operator.add, torch.add, "add")),
+    Row("subtraction", arithmetic.subtract, _BINARY, (operator.sub, torch.sub, torch.subtract, "sub", "subtract")),
+    Row("negation", arithmetic.negate, ("input",), (operator.neg, torch.neg, torch.negative, "neg", "negative")),
+    Row("scale and shift", arithmetic.add_scaled, ("input", "tensor1", "tensor2"), (torch.addcmul,)),
+    Row("padding", layers.pad, ("input", "pad", "mode", "value"), (F.pad, torch._C._nn.pad)),
+    *(
+        Row("padding", layers.pad, ("input",), (), modules, _read_padding(mode))
+        for mode, modules in (
+            ("constant", (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, *_CONSTANT_PADS)),
+            ("reflect", (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)),
+            ("replicate", (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)),
+            ("circular", (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)),
+        )
+    ),
+    *(
+        Row("average pooling", partial(layers.average_pool, rank=rank), _POOL, (function,), (cls,), _reader(*_POOL[1:]))
+        for rank, function, cls in (
+            (1, F.avg_pool1d, nn.AvgPool1d),
+            (2, F.avg_pool2d, nn.AvgPool2d),
+            (3, F.avg_pool3d, nn.AvgPool3d),
+        )
+    ),
+)
+
+TABLE = LiftTable(ROWS)
+
+__all__ = ["ROWS", "TABLE"]
