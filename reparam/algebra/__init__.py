@@ -17,11 +17,13 @@ from reparam.algebra.sources import (
     from_scale_shift,
     identity,
 )
+from reparam.algebra.windows import columns, from_selection, placed, repeated, rows, side_by_side, sliced_bias
 
 __all__ = [
     "AffineMap",
     "Geometry",
     "Inexact",
+    "columns",
     "from_average_pool",
     "from_batch_norm",
     "from_conv",
@@ -29,8 +31,14 @@ __all__ = [
     "from_linear",
     "from_padding",
     "from_scale_shift",
+    "from_selection",
     "identity",
+    "placed",
     "plus",
     "regrouped",
+    "repeated",
+    "rows",
+    "side_by_side",
+    "sliced_bias",
     "then",
 ]

@@ -21,7 +21,7 @@ def crossing(f: AffineMap, g: AffineMap) -> Inexact | None:
     """Why `g(f(x))` is not one affine map of `x`, or None if it is. Both have the same rank."""
     first, second = f.geometry, g.geometry
     if second.is_transposed:
-        return _into_upsampling(f)
+        return _into_upsampling(f, second)
     if not second.is_padded:
         return None
     if second.padding_mode != "zeros":
@@ -41,7 +41,17 @@ def crossing(f: AffineMap, g: AffineMap) -> Inexact | None:
             "the next layer's zero padding lies where this layer's output would not be zero",
             "give all of the padding to the first of the two layers",
         )
-    if not f.has_zero_bias():
+    return None if f.has_zero_bias() else shift_crossing(second)
+
+
+def shift_crossing(second: Geometry) -> Inexact | None:
+    """Why a shift, equal at all positions, does not stay one behind a map; None if it does."""
+    if second.is_transposed:
+        return Inexact(
+            "its shift cannot enter a transposed convolution, which puts zeros between its inputs",
+            "drop the shift, or scale without shifting",
+        )
+    if second.is_padded and second.padding_mode == "zeros":
         return Inexact(
             "its shift cannot cross the zero padding of the next layer: at the border that layer sees 0, not the shift",
             "move the padding in front of it, or pad with its shift",
@@ -49,15 +59,10 @@ def crossing(f: AffineMap, g: AffineMap) -> Inexact | None:
     return None
 
 
-def _into_upsampling(f: AffineMap) -> Inexact | None:
+def _into_upsampling(f: AffineMap, second: Geometry) -> Inexact | None:
     if not _acts_on_positions(f.geometry):
         return Inexact("the next layer is a transposed convolution, which only a position-wise layer merges into")
-    if not f.has_zero_bias():
-        return Inexact(
-            "its shift cannot enter a transposed convolution, which puts zeros between its inputs",
-            "drop the shift, or scale without shifting",
-        )
-    return None
+    return None if f.has_zero_bias() else shift_crossing(second)
 
 
 def _acts_on_positions(geometry: Geometry) -> bool:

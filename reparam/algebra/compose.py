@@ -43,9 +43,9 @@ def then(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
     geometry = _then_geometry(f.geometry, g.geometry)
     first, second = f.geometry, g.geometry
     if second.groups == second.in_channels == second.out_channels and second.weight_shape[1:] == (1,) * (rank + 1):
-        return AffineMap(geometry, ScaledRows(f.weight, g.weight), _then_bias(f, g))
+        return AffineMap(geometry, ScaledRows(f.weight, g.weight), carried_bias(f.bias, g))
     weight = Deferred(lambda w1, w2: _then_weight(first, second, geometry, w1, w2), f.weight, g.weight)
-    return AffineMap(geometry, weight, _then_bias(f, g))
+    return AffineMap(geometry, weight, carried_bias(f.bias, g))
 
 
 def plus(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
@@ -144,8 +144,9 @@ def _then_weight(
     return out.reshape(result.weight_shape)
 
 
-def _then_bias(f: AffineMap, g: AffineMap) -> Deferred | None:
-    if f.bias is None:
+def carried_bias(bias: Deferred | None, g: AffineMap) -> Deferred | None:
+    """The shift behind `g` of what had the shift `bias` in front of it, where that is one shift for all positions."""
+    if bias is None:
         return g.bias
     groups = g.geometry.groups
 
@@ -155,7 +156,7 @@ def _then_bias(f: AffineMap, g: AffineMap) -> Deferred | None:
             "gom,gm->go", _blocks(w2.reshape(*w2.shape[:2], -1).sum(-1), groups), b1.reshape(groups, -1)
         ).reshape(-1)
 
-    return added_bias(Deferred(carried, f.bias, g.weight), g.bias)
+    return added_bias(Deferred(carried, bias, g.weight), g.bias)
 
 
 def _plus_geometry(first: Geometry, second: Geometry) -> Geometry | Inexact:

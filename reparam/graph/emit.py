@@ -6,7 +6,7 @@ are rounded to the model's dtype here, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -97,32 +97,8 @@ def _layer(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | No
     return _convolution(map_.with_rank(len(like.shape) - 2).geometry, rounded, shift, like)
 
 
-def insert(
-    graph: fx.Graph,
-    root: nn.Module,
-    before: fx.Node,
-    parts: Sequence[tuple[fx.Node, Layer | None, str]],
-) -> fx.Node:
-    """Inserts the sum of the layers' values in front of a node and returns its node.
-
-    Args:
-        before: the node that the result will stand for; the new nodes take its place in the user's model.
-        parts: source, layer (None for the source itself) and qualified name for each summand.
-    """
-    with graph.inserting_before(before):
-        values = [source if layer is None else _call(graph, root, source, layer, path) for source, layer, path in parts]
-        total = values[0]
-        for value in values[1:]:
-            total = graph.call_function(torch.add, (total, value))
-    for node in [*values, total]:
-        if "tensor" not in node.meta:
-            node.meta["tensor"] = info(before)
-            node.meta["module_path"] = before.meta.get("module_path", "")
-            node.meta["source"] = before.meta.get("source")
-    return total
-
-
-def _call(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer, path: str) -> fx.Node:
+def insert_layer(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer, path: str) -> fx.Node:
+    """Inserts a layer that reads `source`, under the qualified name `path`, and returns its node."""
     if layer.module is None:
         return _scale_shift(graph, root, source, layer, path)
     if layer.pads:
@@ -133,6 +109,43 @@ def _call(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer, path:
     node = graph.call_module(path, (source,))
     node.meta["float64"] = layer.float64
     return node
+
+
+def insert_copy(graph: fx.Graph, source: fx.Node, step: fx.Node, result: TensorInfo, axis: int, view: bool) -> fx.Node:
+    """Inserts an operation as it stands elsewhere in the graph, for another input; its channels lie in `axis` then.
+
+    A view becomes a reshape, since the other input may lie differently in memory.
+    """
+    if step.op == "call_module":
+        node = graph.call_module(str(step.target), (source,))
+    else:
+        args, kwargs = list(step.args), dict(step.kwargs)
+        if args:
+            args[0] = source
+        else:
+            kwargs["input"] = source
+        target = "reshape" if step.target == "view" else step.target
+        before = info(step)
+        if target in ("reshape", torch.reshape) and before is not None and before.shape[axis] != result.shape[axis]:
+            _resize(args, kwargs, axis, result.shape[axis])
+        node = graph.create_node(step.op, target, tuple(args), kwargs)
+    node.meta = {key: step.meta.get(key) for key in ("module_path", "source")}
+    node.meta["tensor"] = result
+    if view:
+        node.meta["aliases"] = (source,)
+    return node
+
+
+def _resize(args: list[Any], kwargs: dict[str, Any], axis: int, channels: int) -> None:
+    """Writes the number of channels into the sizes of a reshape; -1 finds it by itself."""
+    spread = len(args) > 1 and not isinstance(args[1], (tuple, list))
+    sizes = list(args[1:] if spread else args[1] if len(args) > 1 else kwargs["shape"])
+    if sizes[axis] != -1:
+        sizes[axis] = channels
+    if len(args) > 1:
+        args[1:] = [tuple(sizes)]
+    else:
+        kwargs["shape"] = tuple(sizes)
 
 
 def _scale_shift(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer, path: str) -> fx.Node:

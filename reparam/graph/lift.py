@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -17,21 +17,86 @@ from torch.nn.utils import parametrize
 from reparam.algebra import AffineMap, Inexact
 from reparam.graph.constants import Constants
 from reparam.graph.nodes import info, module_of, pinned
+from reparam.graph.sizes import Dims, Sizes
 
 
 @dataclass(frozen=True)
 class Lifted:
-    """An operation as a sum of affine maps of its operands.
+    """An operation as a sum of affine maps of its operands; they and the result have one rank and one channel axis.
 
     Attributes:
         operands: the tensors it is affine in.
         maps: given the number of channels, one map per operand.
         axis: the axis that carries channels, in operands and result alike; None if any axis will do.
+        via: nodes between operand and this one that nobody else reads, and that are a part of it.
     """
 
     operands: tuple[fx.Node, ...]
     maps: Callable[[int], tuple[AffineMap, ...]]
     axis: int | None
+    via: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where an axis goes: to `axis` of the result, each of its elements becoming `repeat` neighbouring ones."""
+
+    axis: int
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Carried:
+    """An operation that moves positions or averages them, does the same to every channel and keeps constants.
+
+    So it commutes with every map that acts on each position alone: a scale, a shift, a linear layer.
+
+    Attributes:
+        operand: the tensor it reads.
+        moved: for each axis of the operand, where it goes if it carries the channels; None if it must not.
+        sizes: of the result.
+        kind: "permutation" of axes, "reshape" (the order of elements is kept), or "other".
+        order: for a permutation, the operand's axis that each axis of the result is.
+        free: it is a view, and moves no bytes.
+    """
+
+    operand: fx.Node
+    moved: tuple[Moved | None, ...]
+    sizes: Dims
+    kind: str = "other"
+    order: tuple[int, ...] = ()
+    free: bool = False
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """The operands' channels one after the other; `axis` carries them."""
+
+    operands: tuple[fx.Node, ...]
+    axis: int
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The channels `window` of the operand; `axis` carries them. `via` is a split between the two, if there is one."""
+
+    operand: fx.Node
+    axis: int
+    window: tuple[int, int]
+    via: tuple[fx.Node, ...] = ()
+
+
+One: TypeAlias = "Lifted | Carried | Concatenated | Sliced"
+
+
+@dataclass(frozen=True)
+class Either:
+    """An operation that is one thing or another, depending on which axis carries the channels; the first that fits."""
+
+    options: tuple[One, ...]
+
+
+Lift: TypeAlias = "One | Either"
 
 
 @dataclass(frozen=True)
@@ -42,11 +107,15 @@ class Call:
         node: the graph node.
         arguments: by the names of the row's signature. Tensors of constants are values (float64), others are nodes.
         root: the module that the graph's targets refer to.
+        sizes: what is known of the sizes of the graph's tensors.
+        constants: the graph's constants.
     """
 
     node: fx.Node
     arguments: Mapping[str, Any]
     root: nn.Module
+    sizes: Sizes
+    constants: Constants
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
@@ -78,14 +147,18 @@ class Row:
         signature: argument names, in order, of the function and method spellings.
         modules: module classes, by exact type, and how to read the arguments off such a module.
         calls: functions, and names of tensor methods, that spell it.
+        raw: the formula takes arguments as the graph has them (lists of nodes, sizes) and reads constants itself.
+        spread: of a raw row: the second argument may be spread, `permute(0, 2, 1)` for `permute((0, 2, 1))`.
     """
 
     name: str
-    lift: Callable[[Call], Lifted | Inexact | None]
+    lift: Callable[[Call], Lift | Inexact | None]
     signature: tuple[str, ...]
     calls: tuple[Any, ...] = ()
     modules: tuple[type[nn.Module], ...] = ()
     read_module: Callable[[Any], dict[str, Any]] = field(default=lambda module: {})
+    raw: bool = False
+    spread: bool = False
 
 
 class LiftTable:
@@ -101,14 +174,16 @@ class LiftTable:
             return self._by_module.get(plain_type(module_of(node, root)))
         return self._by_call.get(node.target) if node.op in ("call_function", "call_method") else None
 
-    def lift(self, node: fx.Node, root: nn.Module, constants: Constants) -> Lifted | Inexact | None:
-        """The node as affine maps, the reason why not, or None if it is no operation of the table."""
+    def lift(self, node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes) -> Lift | Inexact | None:
+        """What the node is, the reason why it is not affine, or None if it is no operation of the table."""
         row = self.row(node, root)
         if row is None or node in constants:
             return None
         inexact = _untouchable(node, root)
         if inexact is not None:
-            return inexact
+            return None if row.raw else inexact
+        if row.raw:
+            return _lift_raw(row, node, root, constants, sizes)
         known = row.signature[:1] if node.op == "call_module" else row.signature
         if len(node.args) > len(known) or not set(node.kwargs) <= {*known, *_HARMLESS}:
             return Inexact("it is called with further arguments", "call it with its input alone")
@@ -125,7 +200,19 @@ class LiftTable:
                 return Inexact(f"its argument {name!r} is computed when the model runs", "pass a constant")
             elif isinstance(value, (list, tuple)) and any(isinstance(item, fx.Node) for item in value):
                 return Inexact(f"its argument {name!r} is computed when the model runs", "pass constants")
-        return row.lift(Call(node, arguments, root))
+        return row.lift(Call(node, arguments, root, sizes, constants))
+
+
+def _lift_raw(row: Row, node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes) -> Lift | Inexact | None:
+    args = node.args
+    if row.spread and len(args) > 1 and not isinstance(args[1], (tuple, list)):
+        args = (args[0], args[1:])
+    if len(args) > len(row.signature) or not set(node.kwargs) <= set(row.signature):
+        return None
+    arguments: dict[str, Any] = {**dict(zip(row.signature, args, strict=False)), **node.kwargs}
+    if node.op == "call_module":
+        arguments.update(row.read_module(module_of(node, root)))
+    return row.lift(Call(node, arguments, root, sizes, constants))
 
 
 _HARMLESS = {"alpha", "rounding_mode", "value", "inplace"}

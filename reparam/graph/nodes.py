@@ -85,3 +85,14 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     if name in owner.__dict__ or name in owner._parameters or name in owner._buffers:
         delattr(owner, name)
     setattr(owner, name, module)
+
+
+def replace_by_literal(node: fx.Node, value: Any) -> None:
+    """Puts a number where a node's value was read, and erases the node."""
+
+    def swap(argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda other: value if other is node else other)
+
+    for user in list(node.users):
+        user.args, user.kwargs = swap(user.args), swap(user.kwargs)
+    node.graph.erase_node(node)

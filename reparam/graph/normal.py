@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from reparam.graph.nodes import info, module_of, set_module
+from reparam.graph.nodes import info, module_of, replace_by_literal, set_module
 
 _PLAIN_OPERATOR: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -233,7 +233,7 @@ def _drop_certain_checks(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         rank = _rank_read(node)
         if rank is not None:
-            _replace_by_literal(node, rank)
+            replace_by_literal(node, rank)
         elif (
             node.op == "call_function"
             and getattr(node.target, "__module__", "") == "_operator"
@@ -241,7 +241,7 @@ def _drop_certain_checks(graph: fx.Graph) -> None:
             and not node.all_input_nodes
             and not node.kwargs
         ):
-            _replace_by_literal(node, node.target(*node.args))
+            replace_by_literal(node, node.target(*node.args))
         elif node.op == "call_function" and node.target is torch._assert and node.args[:1] == (True,):
             graph.erase_node(node)
 
@@ -257,15 +257,6 @@ def _rank_read(node: fx.Node) -> int | None:
         return None
     tensor = info(node.args[0])
     return None if tensor is None else len(tensor.shape)
-
-
-def _replace_by_literal(node: fx.Node, value: Any) -> None:
-    def swap(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda other: value if other is node else other)
-
-    for user in list(node.users):
-        user.args, user.kwargs = swap(user.args), swap(user.kwargs)
-    node.graph.erase_node(node)
 
 
 def eliminate_dead_code(graph: fx.Graph) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from reparam.graph.formulas import arithmetic, layers
+from reparam.graph.formulas import arithmetic, carriers, channels, layers
 from reparam.graph.lift import LiftTable, Row
 
 
@@ -50,6 +50,92 @@ _CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_paddi
 _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _BINARY = ("input", "other")
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+
+_REARRANGEMENTS = (
+    Row("permutation", carriers.permute, ("input", "dims"), (torch.permute, "permute"), raw=True, spread=True),
+    Row(
+        "transposition",
+        carriers.transpose,
+        ("input", "dim0", "dim1"),
+        (torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"),
+        raw=True,
+    ),
+    Row(
+        "reshape",
+        channels.reshape,
+        ("input", "shape"),
+        (torch.reshape, "reshape", "view"),
+        raw=True,
+        spread=True,
+    ),
+    Row(
+        "flattening",
+        channels.flatten,
+        ("input", "start_dim", "end_dim"),
+        (torch.flatten, "flatten"),
+        (nn.Flatten,),
+        _reader("start_dim", "end_dim"),
+        raw=True,
+    ),
+    Row("unflattening", carriers.unflatten, ("input", "dim", "sizes"), (torch.unflatten, "unflatten"), raw=True),
+    Row("squeeze", carriers.squeeze, ("input", "dim"), (torch.squeeze, "squeeze"), raw=True),
+    Row("unsqueeze", carriers.unsqueeze, ("input", "dim"), (torch.unsqueeze, "unsqueeze"), raw=True),
+    Row("copy", carriers.same, ("input", "memory_format"), (torch.clone, "contiguous", "clone"), raw=True),
+    Row("roll", carriers.turned, ("input", "shifts", "dims"), (torch.roll, "roll"), raw=True),
+)
+
+_CHANNELS = (
+    Row(
+        "concatenation",
+        channels.concatenate,
+        ("tensors", "dim"),
+        (torch.cat, torch.concat, torch.concatenate),
+        raw=True,
+    ),
+    Row("indexing", channels.index, ("input", "index"), (operator.getitem,), raw=True),
+    Row("slice", channels.narrow, ("input", "dim", "start", "length"), (torch.narrow, "narrow"), raw=True),
+    Row(
+        "choice of channels",
+        channels.index_select,
+        ("input", "dim", "index"),
+        (torch.index_select, "index_select"),
+        raw=True,
+    ),
+    Row("flip", channels.flip, ("input", "dims"), (torch.flip, "flip"), raw=True, spread=True),
+    Row(
+        "channel shuffle",
+        channels.shuffle,
+        ("input", "groups"),
+        (F.channel_shuffle, torch.channel_shuffle),
+        (nn.ChannelShuffle,),
+        _reader("groups"),
+        raw=True,
+    ),
+)
+
+_INTERPOLATION = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
+
+_AVERAGES = (
+    Row("mean", carriers.mean, ("input", "dim", "keepdim", "dtype"), (torch.mean, "mean"), raw=True),
+    Row(
+        "adaptive average pooling",
+        carriers.adaptive_average_pool,
+        ("input", "output_size"),
+        (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, torch.adaptive_avg_pool1d),
+        (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+        _reader("output_size"),
+        raw=True,
+    ),
+    Row(
+        "interpolation",
+        carriers.interpolate,
+        _INTERPOLATION,
+        (F.interpolate,),
+        (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+        _reader("mode"),
+        raw=True,
+    ),
+)
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -116,6 +202,9 @@ ROWS: tuple[Row, ...] = (
             (3, F.avg_pool3d, nn.AvgPool3d),
         )
     ),
+    *_REARRANGEMENTS,
+    *_CHANNELS,
+    *_AVERAGES,
 )
 
 TABLE = LiftTable(ROWS)

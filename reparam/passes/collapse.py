@@ -16,17 +16,19 @@ import torch
 from torch import fx, nn
 
 from reparam.algebra import Inexact
-from reparam.algebra.compose import added_bias
 from reparam.graph.constants import Constants
-from reparam.graph.emit import Layer, insert, layer_for
 from reparam.graph.lift import LiftTable
-from reparam.graph.nodes import described, info, module_of, place
+from reparam.graph.lifted import LiftedGraph
+from reparam.graph.nodes import described, info, module_of, pinned, place
 from reparam.graph.normal import eliminate_dead_code
+from reparam.graph.sizes import read_upstream, spell_out
 from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
+from reparam.passes.form import Form
+from reparam.passes.plan import Plan, planned, write
 from reparam.passes.reasons import reasons
-from reparam.passes.region import Blocked, Form, Region, Term
+from reparam.passes.region import Blocked, Region
 from reparam.passes.search import Search, merging_pays
 
 
@@ -40,7 +42,10 @@ class Collapse:
 
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
         """Rewrites the graph in place."""
-        region = Region(graph, root, self.table, Constants(graph, root), merging_pays(self.cost))
+        spell_out(graph)
+        lifted = LiftedGraph(graph, root, self.table, Constants(graph, root))
+        read_upstream(graph, lifted.sizes)
+        region = Region(graph, root, lifted, merging_pays(self.cost))
         search = Search(region, root, self.cost)
         names = _Names(graph, _going(region, search))
         rewrites: list[Rewrite] = []
@@ -50,75 +55,39 @@ class Collapse:
             cone = search.cone(node)
             if len(cone) == 1:
                 continue
-            plan = _planned(node, cone, region, search)
+            form = region.form(cone, search.real)
+            plan = form.why if isinstance(form, Blocked) else planned(form, node, self.cost)
             if isinstance(plan, Inexact):
                 failed[node] = plan
                 continue
-            rewrites.append(self._rewrite(plan, root, search, region))
-            parts = [(replaced.get(source, source), layer) for source, layer in plan.parts]
-            paths = names.for_cone(cone, root, sum(layer is not None for _, layer in parts))
-            named = [(source, layer, paths.pop(0) if layer is not None else "") for source, layer in parts]
-            replaced[node] = insert(graph, root, node, named)
+            rewrites.append(self._rewrite(plan, cone, root, search))
+            replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)))
             node.replace_all_uses_with(replaced[node])
         refusals = reasons(region, search, root, failed)
         eliminate_dead_code(graph)
+        if rewrites:
+            _relax_views(graph)
         return rewrites, refusals
 
-    def _rewrite(self, plan: _Plan, root: nn.Module, search: Search, region: Region) -> Rewrite:
-        node = plan.cone[-1]
+    def _rewrite(self, plan: Plan, cone: list[fx.Node], root: nn.Module, search: Search) -> Rewrite:
         return Rewrite(
             self.name,
-            place(node),
-            tuple(described(other, root) for other in plan.cone),
-            " + ".join("x" if layer is None else layer.description for _, layer in plan.parts),
-            _identity(plan.form, plan.cone),
-            sum((search.native(other) for other in plan.cone), Cost()),
-            search.price(node, plan.form),
+            place(plan.node),
+            tuple(described(other, root) for other in cone),
+            " + ".join(part.description for part in plan.parts),
+            _identity(plan.form, cone),
+            sum((search.native(other) for other in cone), Cost()),
+            search.price(plan.node, plan.form),
         )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What will stand for the last node of a cone."""
-
-    cone: list[fx.Node]
-    form: Form
-    parts: list[tuple[fx.Node, Layer | None]]
-
-
-def _planned(node: fx.Node, cone: list[fx.Node], region: Region, search: Search) -> _Plan | Inexact:
-    form = region.form(cone, search.real)
-    if isinstance(form, Blocked):
-        return form.why
-    parts = _parts(form, node, region.affine[node].axis)
-    return parts if isinstance(parts, Inexact) else _Plan(cone, form, parts)
-
-
-def _parts(form: Form, node: fx.Node, axis: int) -> list[tuple[fx.Node, Layer | None]] | Inexact:
-    """Source and layer of each summand; all shifts go into the first real layer."""
-    like = info(node)
-    assert like is not None
-    terms = sorted(form.terms, key=_lightness)
-    deferred = None
-    for term in terms:
-        deferred = added_bias(deferred, term.map.bias)
-    bias: torch.Tensor | None = None if deferred is None else deferred.evaluate()
-    parts: list[tuple[fx.Node, Layer | None]] = []
-    for term in terms:
-        if term.map.is_identity and bias is None:
-            parts.append((term.source, None))
-            continue
-        layer = layer_for(term.map, like, axis, bias)
-        if isinstance(layer, Inexact):
-            return layer
-        bias = None
-        plain = layer.module is None and layer.scale is None and layer.shift is None
-        parts.append((term.source, None if plain else layer))
-    return parts
-
-
-def _lightness(term: Term) -> tuple[bool, bool]:
-    return (term.map.is_identity, term.map.geometry.is_diagonal)
+def _relax_views(graph: fx.Graph) -> None:
+    """A view of a tensor that lies differently in memory now would fail; a reshape is a view wherever one will do."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and pinned(node) is None and info(node) is not None:
+            sizes = node.args[1:]
+            if not any(isinstance(size, torch.dtype) for size in sizes) and "dtype" not in node.kwargs:
+                node.target = "reshape"
 
 
 def _identity(form: Form, cone: list[fx.Node]) -> str:

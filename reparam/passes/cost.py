@@ -63,6 +63,22 @@ class CostModel:
         """Adding one tensor to another."""
         return self.priced(0, itemsize * 3 * numel, 1)
 
+    def of_copy(self, numel: int, itemsize: int) -> Cost:
+        """Writing a tensor once more, as a concatenation does."""
+        return self.priced(0, itemsize * 2 * numel, 1)
+
+    def of_move(self, source: TensorInfo, result: TensorInfo) -> Cost:
+        """An operation that reads one tensor and writes another, and computes next to nothing."""
+        return self.priced(0, source.numel * source.dtype.itemsize + result.numel * result.dtype.itemsize, 1)
+
+    def of_view(self) -> Cost:
+        """A view: an operation that moves nothing."""
+        return self.priced(0, 0, 1)
+
+    def key(self, cost: Cost) -> tuple[float, ...]:
+        """What ranks costs; the least is the best."""
+        return (cost.seconds, cost.macs)
+
     def of_node(self, node: fx.Node, root: nn.Module, maps: tuple[AffineMap, ...] = (), axis: int = 1) -> Cost:
         """Running a node as it stands; `maps` are its maps if it is affine, which tells its multiply-adds."""
         out = info(node)

@@ -8,17 +8,18 @@ all of them if that is cheaper. On a tie the form nearer to the original wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from reparam.algebra import AffineMap, Inexact
-from reparam.graph.emit import unwritable
+from reparam.graph.lift import Carried, Sliced
 from reparam.graph.nodes import info
 from reparam.passes.base import Cost
 from reparam.passes.cost import CostModel
-from reparam.passes.region import Blocked, Form, Region, Term
+from reparam.passes.form import Form, Merge, Term
+from reparam.passes.placing import placement, priced
+from reparam.passes.region import Blocked, Region
 
 # A launch is dear on small examples only: what computes more than this is not chosen to save launches.
 _MOST_MACS = 1.1
@@ -47,7 +48,7 @@ class Search:
         self._cost = cost
         self._native: dict[fx.Node, Cost] = {}
         self.blocked: dict[tuple[fx.Node, fx.Node], Inexact] = {}
-        self.forced = {node for node in region.affine if any(user not in region for user in node.users)}
+        self.forced = {node for node in region.affine if any(user not in region for user in region.readers(node))}
         self.real = self._choose()
 
     def cone(self, node: fx.Node) -> list[fx.Node]:
@@ -58,22 +59,18 @@ class Search:
         """Cost of a node as it stands."""
         if node not in self._native:
             affine = self._region.affine[node]
-            self._native[node] = self._cost.of_node(node, self._root, affine.maps, affine.axis)
+            lift = affine.lift
+            view = isinstance(lift, Sliced) or (isinstance(lift, Carried) and lift.free)
+            self._native[node] = (
+                self._cost.of_view() if view else self._cost.of_node(node, self._root, affine.maps, affine.axis)
+            )
         return self._native[node]
 
     def price(self, node: fx.Node, form: Form) -> Cost:
         """Cost of computing a node from its form."""
-        axis = self._region.affine[node].axis
-        tensor = info(node)
-        total = Cost()
-        for term in form.terms:
-            source = info(term.source)
-            if source is not None and not term.map.is_identity:
-                total += self._cost.of_map(term.map.geometry, source, axis)
-        if tensor is not None:
-            for _ in form.terms[1:]:
-                total += self._cost.of_sum(tensor.numel, tensor.dtype.itemsize)
-        return total
+        cost = priced(form, node, self._cost)
+        assert isinstance(cost, Cost), cost
+        return cost
 
     def _choose(self) -> set[fx.Node]:
         nodes = sorted(self._region.affine, key=self._region.order.__getitem__)
@@ -90,7 +87,7 @@ class Search:
         owner: dict[fx.Node, fx.Node] = {}
         shared = set()
         for node in reversed(nodes):
-            owners = set() if node in self.forced else {owner[user] for user in node.users}
+            owners = set() if node in self.forced else {owner[user] for user in self._region.readers(node)}
             if len(owners) != 1:
                 owner[node] = node
                 shared.add(node)
@@ -117,7 +114,7 @@ class Search:
 
     def _consumers(self, node: fx.Node, real: set[fx.Node]) -> list[fx.Node]:
         """The real nodes whose cones read this one."""
-        found, pending, seen = [], list(node.users), set()
+        found, pending, seen = [], self._region.readers(node), set()
         while pending:
             user = pending.pop()
             if user in seen:
@@ -126,7 +123,7 @@ class Search:
             if user in real:
                 found.append(user)
             else:
-                pending.extend(user.users)
+                pending.extend(self._region.readers(user))
         return sorted(found, key=self._region.order.__getitem__)
 
     def _now(self, node: fx.Node, real: set[fx.Node]) -> Cost:
@@ -177,16 +174,14 @@ class Search:
         return Solution(cost, found)
 
     def _unwritable(self, node: fx.Node, form: Form, cone: list[fx.Node]) -> Blocked | None:
-        tensor = info(node)
-        axis = self._region.affine[node].axis
-        for term in form.terms:
-            why = unwritable(term.map.geometry, len(tensor.shape) if tensor else 0, axis)
-            if why is None and not term.map.geometry.is_diagonal and not any(map(self._has_weights, cone)):
-                why = _NO_WEIGHTS
-            if why is not None:
-                operand = next(o for o in reversed(cone[:-1]) if o in self._region.affine[node].operands)
-                return Blocked(operand, node, why)
-        return None
+        cost = priced(form, node, self._cost)
+        why = cost if isinstance(cost, Inexact) else None
+        if why is None and not any(map(self._has_weights, cone)):
+            why = None if all(term.map.geometry.is_diagonal for term in form.terms) else _NO_WEIGHTS
+        if why is None:
+            return None
+        operands = self._region.affine[node].operands
+        return Blocked(next(other for other in reversed(cone[:-1]) if other in operands), node, why)
 
     def _has_weights(self, node: fx.Node) -> bool:
         maps = self._region.affine[node].maps
@@ -205,7 +200,7 @@ class Search:
         """Where a chain may be cut: in front of operations that mix channels or positions, largest tensors last."""
         places = []
         for other in cone[:-1]:
-            users = [user for user in other.users if user in self._region]
+            users = [user for user in self._region.readers(other) if user in self._region]
             if any(not _only_scales(self._region.affine[user].maps) for user in users) or len(users) > 1:
                 tensor = info(other)
                 places.append((tensor.numel if tensor else 0, self._region.order[other], other))
@@ -223,18 +218,18 @@ def _only_scales(maps: tuple[AffineMap, ...]) -> bool:
     return all(map_.geometry.is_diagonal for map_ in maps)
 
 
-def merging_pays(cost: CostModel) -> Callable[[Term, Term, AffineMap, int], bool]:
-    """Whether two terms of one source are cheaper as one map; for `Region`."""
+def merging_pays(model: CostModel) -> Merge:
+    """Whether two terms are cheaper as one; for `Region`."""
 
-    def pays(first: Term, second: Term, merged: AffineMap, axis: int) -> bool:
-        source = info(first.source)
-        if source is None:
-            return True
-        apart = Cost()
-        for term in (first, second):
-            if not term.map.is_identity:
-                apart += cost.of_map(term.map.geometry, source, axis)
-        one = cost.of_map(merged.geometry, source, axis)
-        return one.seconds <= apart.seconds + cost.of_sum(source.numel, source.dtype.itemsize).seconds
+    def pays(first: Term, second: Term, merged: Term) -> bool:
+        apart, one = [placement(first, model), placement(second, model)], placement(merged, model)
+        if isinstance(one, Inexact):
+            return False
+        total = Cost()
+        for found in apart:
+            if isinstance(found, Inexact):
+                return True
+            total += found.cost
+        return model.key(one.cost) <= model.key(total + model.of_sum(one.like.numel, one.like.dtype.itemsize))
 
     return pays

@@ -9,7 +9,8 @@ from torch import fx
 
 from reparam import algebra
 from reparam.algebra import Inexact
-from reparam.graph.lift import Call, Lifted
+from reparam.graph.formulas import carriers
+from reparam.graph.lift import Call, Carried, Lifted
 from reparam.graph.nodes import info
 
 
@@ -81,17 +82,17 @@ def batch_norm(call: Call) -> Lifted | Inexact:
     return Lifted((x,), lambda channels: (made,), 1)
 
 
-def average_pool(call: Call, rank: int) -> Lifted | Inexact | None:
+def average_pool(call: Call, rank: int) -> Lifted | Carried | Inexact | None:
     x = call.tensor()
     if x is None or call.ndim != rank + 2:
         return Inexact("its input has no batch axis", "pass batched inputs")
     padding = per_axis(call["padding"], rank, 0)
-    if call["ceil_mode"]:
-        return Inexact("it rounds its output size up, so its last windows are smaller", "use ceil_mode=False")
     if call["divisor_override"] is not None:
         return Inexact("it divides by a number of its own", "use the window's size as the divisor")
-    if any(padding) and call["count_include_pad"] is False:
-        return Inexact("its windows at the border count fewer elements", "use count_include_pad=True")
+    if call["ceil_mode"] and any(padding) and call["count_include_pad"] is not False:
+        return Inexact("it rounds its output size up, so its last windows are smaller", "use ceil_mode=False")
+    if call["ceil_mode"] or (any(padding) and call["count_include_pad"] is False):
+        return carriers.inner_average_pool(call)
     kernel = per_axis(call["kernel_size"], rank, 1)
     stride = kernel if call["stride"] in (None, (), []) else per_axis(call["stride"], rank, 1)
     pads = tuple((p, p) for p in padding)

@@ -1,0 +1,91 @@
+"""`LiftedGraph`: every node of a graph as the lift table sees it, and the sizes that follow from that."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from reparam.algebra import Inexact
+from reparam.graph.constants import Constants
+from reparam.graph.lift import Carried, Concatenated, Either, Lift, Lifted, LiftTable, Sliced
+from reparam.graph.nodes import info, kind
+from reparam.graph.sizes import Dims, Size, Sizes, own_sizes
+
+_NAMES = """
+relu relu6 leaky_relu leakyrelu prelu elu celu selu silu mish gelu sigmoid tanh hardswish hardsigmoid hardtanh softplus
+softsign logsigmoid tanhshrink abs exp log sqrt rsqrt square neg clamp clip erf sin cos pow threshold softmax log_softmax
+dropout dropout1d dropout2d dropout3d alphadropout layer_norm group_norm instance_norm batch_norm layernorm groupnorm
+batchnorm1d batchnorm2d batchnorm3d syncbatchnorm instancenorm1d instancenorm2d instancenorm3d contiguous identity float
+half to type
+"""
+_KEEPS_SIZES = frozenset(_NAMES.split())
+"""Operations whose result is as large as what they read first, by the names of functions, methods and classes."""
+
+
+class LiftedGraph:
+    """Lifts nodes, each once.
+
+    Attributes:
+        sizes: of the graph's tensors.
+    """
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, table: LiftTable, constants: Constants) -> None:
+        self._root, self._table, self._constants = root, table, constants
+        self._found: dict[fx.Node, Lift | Inexact | None] = {}
+        self.sizes = Sizes(graph, self._sizes)
+
+    def lift(self, node: fx.Node) -> Lift | Inexact | None:
+        """What a node is, the reason why it is not affine, or None."""
+        if node not in self._found:
+            self._found[node] = self._table.lift(node, self._root, self._constants, self.sizes)
+        return self._found[node]
+
+    def _sizes(self, node: fx.Node, sizes: Sizes) -> Dims | None:
+        found = self.lift(node)
+        if isinstance(found, Either):
+            found = next((option for option in found.options if isinstance(option, Carried)), found.options[0])
+        if isinstance(found, Carried):
+            return found.sizes
+        if isinstance(found, Concatenated):
+            return _concatenated(found, sizes)
+        if isinstance(found, Sliced):
+            dims = list(sizes.dims(found.operand))
+            dims[found.axis] = Size(found.window[1] - found.window[0])
+            return tuple(dims)
+        if isinstance(found, Lifted):
+            return _mapped(node, found, sizes)
+        if kind(node, self._root).lower() in _KEEPS_SIZES and node.all_input_nodes:
+            first = node.all_input_nodes[0]
+            return sizes.dims(first) if info(first) is not None else None
+        return None
+
+
+def _mapped(node: fx.Node, found: Lifted, sizes: Sizes) -> Dims:
+    operand = found.operands[0]
+    dims = list(sizes.dims(operand))
+    if found.axis is None:
+        if len(found.operands) > 1:
+            others = [sizes.dims(other) for other in found.operands]
+            # equal for the example: a number above 1 that one of them has, the result has for every input
+            dims = [
+                next((size for size in column if (size.literal or 0) > 1), column[0])
+                for column in zip(*others, strict=True)
+            ]
+        return tuple(dims)
+    shape = info(operand).shape  # type: ignore[union-attr]
+    geometry = found.maps(shape[found.axis])[0].geometry
+    if not geometry.rank or all(map_.has_weights for map_ in found.maps(shape[found.axis])):
+        dims[found.axis] = Size(geometry.out_channels)
+    own = own_sizes(node)
+    for axis in range(geometry.rank):
+        keeps = geometry.stride[axis] == geometry.upsampling[axis] == 1 and geometry.size_offset(axis) == 0
+        if not keeps:
+            dims[axis + 2] = own[axis + 2]
+    return tuple(dims)
+
+
+def _concatenated(found: Concatenated, sizes: Sizes) -> Dims:
+    each = [sizes.dims(operand) for operand in found.operands]
+    dims = list(each[0])
+    literals = [size[found.axis].literal for size in each]
+    dims[found.axis] = Size(sum(value for value in literals if value is not None))
+    return tuple(dims)

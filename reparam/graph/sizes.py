@@ -1,0 +1,216 @@
+"""Sizes that the graph's tensors have for every input: products of a number and of sizes that are not known.
+
+A layer with weights fixes the number of its channels; most operations keep most of the sizes of what they read. So
+`x.view(B, H * W, C)` can be told from a view that mixes positions with channels, for every input size and not by the
+example alone. A size that is not understood is an atom of its own, equal to itself only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias
+
+from torch import fx
+
+from reparam.graph.nodes import info, pinned, replace_by_literal
+
+Atom: TypeAlias = "tuple[fx.Node, int]"
+"""The size of a tensor's axis; or, with axis -1, a number that a node computes."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """`number * product of atoms`."""
+
+    number: int
+    atoms: tuple[Atom, ...] = ()
+
+    @property
+    def literal(self) -> int | None:
+        """The size if it is the same for every input."""
+        return None if self.atoms else self.number
+
+    def __mul__(self, other: Size) -> Size:
+        return Size(self.number * other.number, _sorted((*self.atoms, *other.atoms)))
+
+    def over(self, other: Size) -> Size | None:
+        """The quotient if it is certain to be exact."""
+        rest = Counter(self.atoms)
+        rest.subtract(other.atoms)
+        if other.number == 0 or self.number % other.number or any(count < 0 for count in rest.values()):
+            return None
+        return Size(self.number // other.number, _sorted(rest.elements()))
+
+
+Dims: TypeAlias = "tuple[Size, ...]"
+
+
+def own_sizes(node: fx.Node) -> Dims:
+    """Sizes of a tensor that nothing is known about."""
+    tensor = info(node)
+    return tuple(Size(1, ((node, axis),)) for axis in range(0 if tensor is None else len(tensor.shape)))
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """The product of sizes."""
+    total = Size(1)
+    for size in sizes:
+        total = total * size
+    return total
+
+
+class Sizes:
+    """The sizes of a graph's tensors.
+
+    Args:
+        graph: the graph.
+        rule: the sizes of a node's tensor as its operation tells them, or None for a node it knows nothing about.
+    """
+
+    def __init__(self, graph: fx.Graph, rule: Callable[[fx.Node, Sizes], Dims | None]) -> None:
+        self._rule = rule
+        self._dims: dict[fx.Node, Dims] = {}
+        self._pending = iter(list(graph.nodes))
+
+    def dims(self, node: fx.Node) -> Dims:
+        """Sizes of the node's tensor, one per axis; never wrong, but not always known further than "its own size"."""
+        while node not in self._dims:  # in the graph's order, because a graph can be deeper than Python's stack
+            other = next(self._pending, node)
+            if other not in self._dims:
+                self._dims[other] = self._known(other)
+        return self._dims[node]
+
+    def _known(self, node: fx.Node) -> Dims:
+        tensor = info(node)
+        shape = () if tensor is None else tensor.shape
+        if node.op == "get_attr":
+            return tuple(Size(size) for size in shape)
+        found = self._rule(node, self) if shape else None
+        if found is not None and _fits(found, shape):
+            return found
+        return own_sizes(node)
+
+    def value(self, argument: Any) -> Size | None:
+        """The size that an argument stands for: a number, or a node that computes one. None if it is neither."""
+        if isinstance(argument, bool):
+            return None
+        if isinstance(argument, int):
+            return Size(argument)
+        if not isinstance(argument, fx.Node) or "number" not in argument.meta:
+            return None
+        read = size_read(argument)
+        if read is not None:
+            return self.dims(read[0])[read[1]]
+        if argument.op == "call_function" and argument.target in (operator.mul, operator.floordiv):
+            a, b = (self.value(part) for part in argument.args)
+            if a is not None and b is not None:
+                exact = a * b if argument.target is operator.mul else a.over(b)
+                if exact is not None:
+                    return exact
+        return Size(1, ((argument, -1),))
+
+
+def size_read(node: fx.Node) -> Atom | None:
+    """The tensor and the axis whose size a node reads (`x.size(1)`, `x.shape[1]`, `x.size()[1]`), or None."""
+    if node.op == "call_method" and node.target == "size" and (len(node.args) == 2 or "dim" in node.kwargs):
+        tensor, axis = node.args[0], node.args[1] if len(node.args) == 2 else node.kwargs["dim"]
+    elif node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        read = shape_read(node.args[0])
+        if read is None:
+            return None
+        tensor, axis = read, node.args[1]
+    else:
+        return None
+    known = info(tensor) if isinstance(tensor, fx.Node) else None
+    if known is None or type(axis) is not int or not -len(known.shape) <= axis < len(known.shape):
+        return None
+    return tensor, axis % len(known.shape)  # type: ignore[return-value]
+
+
+def shape_read(node: fx.Node) -> fx.Node | None:
+    """The tensor whose whole shape a node reads (`x.shape`, `x.size()`), or None."""
+    reads = (node.op == "call_function" and node.target is getattr and node.args[1] == "shape") or (
+        node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+    )
+    return node.args[0] if reads and isinstance(node.args[0], fx.Node) else None
+
+
+def spell_out(graph: fx.Graph) -> None:
+    """Writes `y.view_as(x)`, `y.reshape(x.shape)` and their like as a reshape to sizes that are read one by one.
+
+    A tensor of which only sizes are read need not exist if another one has the same sizes.
+    """
+    for node in list(graph.nodes):
+        like = _like(node)
+        tensor = None if like is None else info(like)
+        if like is None or tensor is None or info(node) is None or pinned(node) is not None:
+            continue
+        with graph.inserting_before(node):
+            sizes = []
+            for axis, size in enumerate(tensor.shape):
+                sizes.append(graph.call_method("size", (like, axis)))
+                sizes[-1].meta = {"number": size, **{k: node.meta.get(k) for k in ("module_path", "source")}}
+            wide = graph.call_method("reshape", (node.args[0], tuple(sizes)))
+        wide.meta = dict(node.meta)
+        node.replace_all_uses_with(wide)
+        graph.erase_node(node)
+
+
+def _like(node: fx.Node) -> fx.Node | None:
+    """The tensor whose shape a reshape gives its own tensor."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
+        return None
+    other = node.args[1]
+    if not isinstance(other, fx.Node):
+        return None
+    if node.op == "call_method" and name in ("view_as", "reshape_as"):
+        return other
+    return shape_read(other) if name in ("view", "reshape") else None
+
+
+def read_upstream(graph: fx.Graph, sizes: Sizes) -> None:
+    """Lets every read of a size ask the earliest tensor that has this size, so that reading it keeps no other alive."""
+    for node in list(graph.nodes):
+        read = size_read(node)
+        size = None if read is None else sizes.dims(read[0])[read[1]]
+        if size is None or read is None or size == Size(1, (read,)):
+            continue
+        if size.literal is not None:
+            replace_by_literal(node, size.literal)
+        elif size.number == 1 and len(size.atoms) == 1 and size.atoms[0][1] >= 0:
+            tensor, axis = size.atoms[0]
+            with graph.inserting_before(node):
+                early = graph.call_method("size", (tensor, axis))
+            early.meta = {**node.meta, "number": node.meta.get("number")}
+            node.replace_all_uses_with(early)
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if not node.users and shape_read(node) is not None:
+            graph.erase_node(node)
+
+
+def _fits(dims: Dims, shape: tuple[int, ...]) -> bool:
+    """Whether what is known agrees with the example; a rule that does not is not believed."""
+    return len(dims) == len(shape) and all(
+        _example(size) in (None, actual) for size, actual in zip(dims, shape, strict=True)
+    )
+
+
+def _example(size: Size) -> int | None:
+    values = []
+    for node, axis in size.atoms:
+        tensor = info(node)
+        value = node.meta.get("number") if axis < 0 else tensor.shape[axis] if tensor is not None else None
+        if value is None:
+            return None
+        values.append(value)
+    return size.number * prod(values)
+
+
+def _sorted(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
+    return tuple(sorted(atoms, key=lambda atom: (atom[0].name, atom[1])))
