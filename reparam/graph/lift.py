@@ -21,23 +21,6 @@ from reparam.graph.sizes import Dims, Sizes
 
 
 @dataclass(frozen=True)
-class Lifted:
-    """An operation as a sum of affine maps of its operands; they and the result have one rank and one channel axis.
-
-    Attributes:
-        operands: the tensors it is affine in.
-        maps: given the number of channels, one map per operand.
-        axis: the axis that carries channels, in operands and result alike; None if any axis will do.
-        via: nodes between operand and this one that nobody else reads, and that are a part of it.
-    """
-
-    operands: tuple[fx.Node, ...]
-    maps: Callable[[int], tuple[AffineMap, ...]]
-    axis: int | None
-    via: tuple[fx.Node, ...] = ()
-
-
-@dataclass(frozen=True)
 class Moved:
     """Where an axis goes: to `axis` of the result, each of its elements becoming `repeat` neighbouring ones."""
 
@@ -66,6 +49,25 @@ class Carried:
     kind: str = "other"
     order: tuple[int, ...] = ()
     free: bool = False
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """An operation as a sum of affine maps of its operands; they and the result have one rank and one channel axis.
+
+    Attributes:
+        operands: the tensors it is affine in.
+        maps: given the number of channels, one map per operand.
+        axis: the axis that carries channels, in operands and result alike; None if any axis will do.
+        via: nodes between operand and this one that nobody else reads, and that are a part of it.
+        carried: the same operation as one that commutes with maps of positions, if it is that too.
+    """
+
+    operands: tuple[fx.Node, ...]
+    maps: Callable[[int], tuple[AffineMap, ...]]
+    axis: int | None
+    via: tuple[fx.Node, ...] = ()
+    carried: Carried | None = None
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from reparam.graph.sizes import Dims, Size, Sizes, own_sizes
 
 _NAMES = """
 relu relu6 leaky_relu leakyrelu prelu elu celu selu silu mish gelu sigmoid tanh hardswish hardsigmoid hardtanh softplus
-softsign logsigmoid tanhshrink abs exp log sqrt rsqrt square neg clamp clip erf sin cos pow threshold softmax log_softmax
-dropout dropout1d dropout2d dropout3d alphadropout layer_norm group_norm instance_norm batch_norm layernorm groupnorm
-batchnorm1d batchnorm2d batchnorm3d syncbatchnorm instancenorm1d instancenorm2d instancenorm3d contiguous identity float
-half to type
+softsign logsigmoid tanhshrink abs exp log sqrt rsqrt square neg clamp clip erf sin cos pow threshold softmax
+log_softmax dropout dropout1d dropout2d dropout3d alphadropout contiguous identity float half to type
+layer_norm group_norm instance_norm batch_norm layernorm groupnorm batchnorm1d batchnorm2d batchnorm3d syncbatchnorm
+instancenorm1d instancenorm2d instancenorm3d
 """
 _KEEPS_SIZES = frozenset(_NAMES.split())
 """Operations whose result is as large as what they read first, by the names of functions, methods and classes."""

@@ -32,6 +32,14 @@ class Cost:
             self.seconds + other.seconds,
         )
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(
+            self.macs - other.macs,
+            self.bytes - other.bytes,
+            self.launches - other.launches,
+            self.seconds - other.seconds,
+        )
+
 
 @dataclass(frozen=True)
 class Rewrite:

@@ -26,7 +26,7 @@ from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
 from reparam.passes.form import Form
-from reparam.passes.plan import Plan, planned, write
+from reparam.passes.plan import Plan, Written, planned, write
 from reparam.passes.reasons import reasons
 from reparam.passes.region import Blocked, Region
 from reparam.passes.search import Search, merging_pays
@@ -51,6 +51,7 @@ class Collapse:
         rewrites: list[Rewrite] = []
         failed: dict[fx.Node, Inexact] = {}
         replaced: dict[fx.Node, fx.Node] = {}
+        written: Written = {}
         for node in sorted(search.real, key=region.order.__getitem__):
             cone = search.cone(node)
             if len(cone) == 1:
@@ -60,8 +61,10 @@ class Collapse:
             if isinstance(plan, Inexact):
                 failed[node] = plan
                 continue
+            if not plan.layers and all(map(search.is_view, cone)) and plan.steps == len(cone):
+                continue  # views, and nothing between them: they are what they were
             rewrites.append(self._rewrite(plan, cone, root, search))
-            replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)))
+            replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)), written)
             node.replace_all_uses_with(replaced[node])
         refusals = reasons(region, search, root, failed)
         eliminate_dead_code(graph)

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from torch import fx, nn
 
@@ -15,6 +17,8 @@ from reparam.algebra import AffineMap, Geometry
 from reparam.capture.captured import TensorInfo
 from reparam.graph.nodes import info, module_of
 from reparam.passes.base import Cost
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Machine:
     macs: float
     bandwidth: float
 
+
+# A launch is dear on small examples only: what computes more than this is not chosen to save launches.
+MOST_MACS = 1.1
 
 EAGER_CPU = Machine(launch=5e-6, macs=5e10, bandwidth=1e10)
 
@@ -74,6 +81,12 @@ class CostModel:
     def of_view(self) -> Cost:
         """A view: an operation that moves nothing."""
         return self.priced(0, 0, 1)
+
+    def best(self, options: Sequence[T], cost: Callable[[T], Cost]) -> T:
+        """The first of the cheapest options, among those that compute little more than the one that computes least."""
+        fewest = min(cost(option).macs for option in options)
+        lean = [option for option in options if cost(option).macs <= fewest * MOST_MACS]
+        return min(lean, key=lambda option: self.key(cost(option)))
 
     def key(self, cost: Cost) -> tuple[float, ...]:
         """What ranks costs; the least is the best."""

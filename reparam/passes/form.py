@@ -67,6 +67,8 @@ class Term:
         columns: the channels of the source that are read; None for all.
         map: without shift; it acts behind `before`.
         rows: which channels of the result it makes; None for all.
+        stood: how many steps of `before` ran in front of the layers that the map is made of.
+        otherwise: the same value as another term, for operations that are a map and a step alike.
     """
 
     source: fx.Node
@@ -77,6 +79,8 @@ class Term:
     after: tuple[Step, ...] = ()
     columns: Window | None = None
     rows: Window | None = None
+    stood: int = 0
+    otherwise: Term | None = None
 
     @property
     def is_free(self) -> bool:
@@ -100,7 +104,7 @@ class Term:
 
     def reading(self, columns: Window, map_: AffineMap) -> Term:
         """Another map of other channels of the source."""
-        return replace(self, map=map_, columns=None if columns == (0, self.channels) else columns)
+        return replace(self, map=map_, columns=None if columns == (0, self.channels) else columns, otherwise=None)
 
     def alike(self, other: Term) -> bool:
         """Whether the two differ in their maps only."""
@@ -162,6 +166,21 @@ def mapped(form: Form, g: AffineMap, pays: Merge) -> Form | Inexact:
 
 
 def _mapped_term(term: Term, g: AffineMap) -> Term | Inexact:
+    return _either(term, lambda one: _mapped_one(one, g))
+
+
+def _either(term: Term, change: Callable[[Term], Term | Inexact]) -> Term | Inexact:
+    """A change of a term and of what it is otherwise."""
+    first = change(replace(term, otherwise=None))
+    if term.otherwise is None:
+        return first
+    second = change(term.otherwise)
+    if isinstance(first, Inexact) or isinstance(second, Inexact):
+        return second if isinstance(first, Inexact) else first
+    return replace(first, otherwise=second)
+
+
+def _mapped_one(term: Term, g: AffineMap) -> Term | Inexact:
     rows = term.rows
     if rows is not None:
         part = algebra.columns(g, rows)
@@ -173,14 +192,17 @@ def _mapped_term(term: Term, g: AffineMap) -> Term | Inexact:
     if len({term.map.geometry.rank, g.geometry.rank} - {0}) > 1:
         return Inexact("the two layers have different numbers of spatial axes")
     composed = algebra.then(term.map, g)
-    return composed if isinstance(composed, Inexact) else replace(term, map=composed, rows=rows)
+    if isinstance(composed, Inexact):
+        return composed
+    stood = term.stood if g.geometry.is_diagonal and not term.map.is_identity else len(term.before)
+    return replace(term, map=composed, rows=rows, stood=stood)
 
 
 def carried(form: Form, step: Step, cancels: Callable[[Sequence[Step]], int]) -> Form | Inexact:
     """The form behind an operation of a chain. `cancels` tells how many last steps of a chain come to nothing."""
     terms = []
     for term in form.terms:
-        found = _carried_term(term, step, cancels)
+        found = _either(term, lambda one: _carried_one(one, step, cancels))
         if isinstance(found, Inexact):
             return found
         terms.append(found)
@@ -191,18 +213,28 @@ def carried(form: Form, step: Step, cancels: Callable[[Sequence[Step]], int]) ->
     return Form(tuple(terms), form.channels * times, bias)
 
 
-def _carried_term(term: Term, step: Step, cancels: Callable[[Sequence[Step]], int]) -> Term | Inexact:
+def _carried_one(term: Term, step: Step, cancels: Callable[[Sequence[Step]], int]) -> Term | Inexact:
     times = step.repeat
     rows = None if term.rows is None else (term.rows[0] * times, term.rows[1] * times)
     if term.is_free and (times == 1 or term.map.geometry.is_diagonal):
         chain = (*term.before, step)
-        return replace(
-            term, map=algebra.repeated(term.map, times), before=chain[: len(chain) - cancels(chain)], rows=rows
-        )
+        chain = chain[: len(chain) - cancels(chain)]
+        stood = min(term.stood, len(chain))
+        return replace(term, map=algebra.repeated(term.map, times), before=chain, rows=rows, stood=stood)
     if times != 1:
         return Inexact("its positions become channels, which the layer before it cannot take into account")
     chain = (*term.after, step)
     return replace(term, after=chain[: len(chain) - cancels(chain)], rows=rows)
+
+
+def either(form: Form, other: Form | Inexact) -> Form:
+    """A form, and what it is otherwise."""
+    if isinstance(other, Inexact) or len(other.terms) != len(form.terms):
+        return form
+    pairs = zip(form.terms, other.terms, strict=True)
+    if any(a.source is not b.source or a.rows != b.rows for a, b in zip(form.terms, other.terms, strict=True)):
+        return form
+    return replace(form, terms=tuple(replace(a, otherwise=b) for a, b in pairs))
 
 
 def added(a: Form, b: Form, pays: Merge) -> Form | Inexact:
@@ -224,13 +256,18 @@ def concatenated(forms: Sequence[Form], pays: Merge) -> Form | Inexact:
             return Inexact("one of its parts is the sum of a whole and of something concatenated")
         for term in form.terms:
             low, high = term.rows or (0, form.channels)
-            terms.append(replace(term, rows=(start + low, start + high)))
+            terms.append(_with_rows(term, (start + low, start + high)))
         start += form.channels
     bias = None
     if any(form.bias is not None for form in forms):
         bias = concatenated_bias([(form.bias, form.channels) for form in forms])
     joined = _joined(terms, total, pays)
     return Form((joined,) if joined is not None else tuple(terms), total, bias)
+
+
+def _with_rows(term: Term, rows: Window | None) -> Term:
+    otherwise = None if term.otherwise is None else replace(term.otherwise, rows=rows)
+    return replace(term, rows=rows, otherwise=otherwise)
 
 
 def concatenated_bias(parts: Sequence[tuple[Deferred | None, int]]) -> Deferred:
@@ -257,15 +294,16 @@ def sliced(form: Form, window: Window) -> Form | Inexact:
         start, stop = max(low, window[0]), min(high, window[1])
         if start >= stop:
             continue
-        found = _sliced_term(term, (start - low, stop - low))
+        part = (start - low, stop - low)
+        found = _either(term, lambda one, part=part: _sliced_one(one, part))  # type: ignore[misc]
         if isinstance(found, Inexact):
             return found
         rows = (start - window[0], stop - window[0])
-        terms.append(replace(found, rows=None if rows == (0, window[1] - window[0]) else rows))
+        terms.append(_with_rows(found, None if rows == (0, window[1] - window[0]) else rows))
     return Form(tuple(terms), window[1] - window[0], algebra.sliced_bias(form.bias, window))
 
 
-def _sliced_term(term: Term, window: Window) -> Term | Inexact:
+def _sliced_one(term: Term, window: Window) -> Term | Inexact:
     if window == (0, term.map.geometry.out_channels):
         return term
     if any(step.repeat != 1 for step in (*term.before, *term.after)):
@@ -291,7 +329,7 @@ def _merged(a: Term, b: Term) -> Term | None:
         return None
     if a.alike(b):
         both = algebra.plus(a.map, b.map)
-        return None if isinstance(both, Inexact) else replace(a, map=both)
+        return None if isinstance(both, Inexact) else replace(a, map=both, otherwise=None)
     if not a.alike(replace(b, columns=a.columns)) or any(step.repeat != 1 for step in a.before):
         return None
     start, stop = min(a.reads[0], b.reads[0]), max(a.reads[1], b.reads[1])
@@ -347,7 +385,7 @@ def _stacked(a: Term, b: Term) -> Term | None:
         if t.rows is not None
     ]
     both = algebra.plus(*wide)
-    return None if isinstance(both, Inexact) else replace(a, map=both, rows=(start, stop))
+    return None if isinstance(both, Inexact) else replace(a, map=both, rows=(start, stop), otherwise=None)
 
 
 def _tiles(terms: Sequence[Term], channels: int) -> bool:

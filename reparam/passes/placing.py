@@ -6,6 +6,7 @@ average over all positions, say, and not in front of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -40,9 +41,14 @@ class Placement:
 
 def placement(term: Term, model: CostModel) -> Placement | Inexact:
     """The cheapest place for the term's layer, or why it is no layer of `torch.nn` anywhere."""
-    options = [_placed(term, at, model) for at in _places(term)]
+    options = [
+        _placed(one, at, model)
+        for one in (term, term.otherwise)
+        if one is not None
+        for at in sorted(_places(one), key=lambda at, one=one: abs(at - one.stood))  # type: ignore[misc]
+    ]
     found = [option for option in options if isinstance(option, Placement)]
-    return min(found, key=lambda option: (model.key(option.cost), -option.at)) if found else options[0]
+    return model.best(found, lambda option: option.cost) if found else options[0]
 
 
 def priced(form: Form, node: fx.Node, model: CostModel) -> Cost | Inexact:
@@ -68,6 +74,27 @@ def priced(form: Form, node: fx.Node, model: CostModel) -> Cost | Inexact:
         total += model.of_copy(tensor.numel, size)
     if form.bias is not None and all(term.map.is_identity for term in form.terms):
         total += model.of_sum(tensor.numel, size)
+    return total
+
+
+def repeated_steps(forms: Sequence[Form], model: CostModel) -> Cost:
+    """What is priced more than once: the same steps in front of the layers of several terms are written once."""
+    seen: set[object] = set()
+    total = Cost()
+    for form in forms:
+        for term in form.terms:
+            found = placement(term, model)
+            if isinstance(found, Inexact):
+                continue
+            term = found.term
+            current = tensor_before(term, 0)
+            for index, step in enumerate(term.before[: found.at]):
+                result = tensor_before(term, index + 1)
+                key = (term.source, term.columns, *(other.key for other in term.before[: index + 1]))
+                if key in seen:
+                    total += model.of_view() if step.carried.free else model.of_move(current, result)
+                seen.add(key)
+                current = result
     return total
 
 

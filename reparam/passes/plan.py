@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import fx, nn
@@ -18,6 +19,8 @@ from reparam.graph.nodes import info
 from reparam.passes.cost import CostModel
 from reparam.passes.form import Form, Step, Term
 from reparam.passes.placing import Placement, placement, with_channels
+
+Written: TypeAlias = "dict[object, fx.Node]"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class Plan:
     form: Form
     axis: int
     parts: tuple[Part, ...]
+
+    @property
+    def steps(self) -> int:
+        """How many steps its chains have."""
+        terms = [part.placement.term for part in self.parts]
+        return sum(len(term.before) + len(term.after) + (term.columns is not None) for term in terms)
 
     @property
     def layers(self) -> list[Layer]:
@@ -87,6 +96,7 @@ def _part(term: Term, shift: torch.Tensor | None, model: CostModel) -> Part | In
     found = placement(term, model)
     if isinstance(found, Inexact):
         return found
+    term = found.term
     if term.map.is_identity and shift is None:
         return Part(found, None)
     layer = layer_for(term.map, found.like, found.axis, shift)
@@ -106,13 +116,19 @@ def _axis_of(term: Term) -> int:
 
 
 def write(
-    plan: Plan, graph: fx.Graph, root: nn.Module, replaced: dict[fx.Node, fx.Node], names: Sequence[str]
+    plan: Plan,
+    graph: fx.Graph,
+    root: nn.Module,
+    replaced: dict[fx.Node, fx.Node],
+    names: Sequence[str],
+    written: Written,
 ) -> fx.Node:
     """Writes the plan in front of its node and returns the node whose value stands for it now.
 
     Args:
         replaced: what stands for nodes that were written before.
         names: qualified names for the new layers.
+        written: steps that stand in the graph already, by what they read and what they do; extended.
     """
     node, waiting = plan.node, list(names)
     anchor = node.prev
@@ -121,7 +137,7 @@ def write(
         for part in plan.parts:
             path = waiting.pop(0) if part.layer is not None else ""
             source = part.placement.term.source
-            value = _written(part, graph, root, replaced.get(source, source), path)
+            value = _written(part, graph, root, replaced.get(source, source), path, written)
             values.setdefault(part.placement.term.rows, []).append(value)
         sums = {window: _sum(graph, terms) for window, terms in values.items()}
         whole = [sums.pop(None)] if None in sums else []
@@ -148,7 +164,7 @@ def _sum(graph: fx.Graph, values: Sequence[fx.Node]) -> fx.Node:
     return total
 
 
-def _written(part: Part, graph: fx.Graph, root: nn.Module, value: fx.Node, path: str) -> fx.Node:
+def _written(part: Part, graph: fx.Graph, root: nn.Module, value: fx.Node, path: str, written: Written) -> fx.Node:
     term, at = part.placement.term, part.placement.at
     tensor = info(term.source)
     assert tensor is not None
@@ -164,7 +180,10 @@ def _written(part: Part, graph: fx.Graph, root: nn.Module, value: fx.Node, path:
             value = insert_layer(graph, root, value, part.layer, path)
             value.meta["tensor"] = part.placement.like
         if index < len(chain):
-            value = _copied(graph, value, chain[index])
+            key = (value, chain[index].key, chain[index].axis)
+            if key not in written:
+                written[key] = _copied(graph, value, chain[index])
+            value = written[key]
     return value
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from reparam.algebra import Inexact
+from reparam.graph.lift import Lifted
 from reparam.graph.nodes import kind, place
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal
@@ -25,6 +26,8 @@ def reasons(region: Region, search: Search, root: nn.Module, failed: dict[fx.Nod
         found.append(Refusal("collapse", place(node), kind(node, root), why.reason, why.remedy))
     for node in region.affine:
         if node not in search.real or node in failed or len(search.cone(node)) > 1 or not node.users:
+            continue
+        if not isinstance(region.affine[node].lift, Lifted):
             continue
         left = _why(node, region, search, root)
         if left is not None:

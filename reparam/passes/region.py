@@ -18,7 +18,7 @@ from reparam.algebra import AffineMap, Inexact
 from reparam.graph.lift import Carried, Concatenated, Either, Lifted, Moved, One, Sliced
 from reparam.graph.lifted import LiftedGraph
 from reparam.graph.nodes import info, module_of
-from reparam.passes.form import Form, Merge, Step, Term, added, carried, concatenated, mapped, sliced
+from reparam.passes.form import Form, Merge, Step, Term, added, carried, concatenated, either, mapped, sliced
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,16 @@ class Region:
     def _behind(self, inner: Form, node: fx.Node, affine: Affine, index: int) -> Form | Inexact:
         """One operand's form behind its part of the operation."""
         if isinstance(affine.lift, Carried):
-            return carried(inner, self._step(node, affine), self._cancelled)
+            return carried(inner, self._step(node, affine, affine.lift), self._cancelled)
         if isinstance(affine.lift, Sliced):
             return sliced(inner, affine.lift.window)
-        return inner if isinstance(affine.lift, Concatenated) else mapped(inner, affine.maps[index], self._pays)
+        if isinstance(affine.lift, Concatenated):
+            return inner
+        made = mapped(inner, affine.maps[index], self._pays)
+        if affine.lift.carried is None:
+            return made
+        other = carried(inner, self._step(node, affine, affine.lift.carried), self._cancelled)
+        return either(made, other) if isinstance(made, Form) else other
 
     def _together(self, parts: list[Form], affine: Affine) -> Form | Inexact:
         if isinstance(affine.lift, Concatenated):
@@ -155,12 +161,11 @@ class Region:
                 whole = added(whole, part, self._pays)
         return whole
 
-    def _step(self, node: fx.Node, affine: Affine) -> Step:
-        assert isinstance(affine.lift, Carried)
+    def _step(self, node: fx.Node, affine: Affine, lift: Carried) -> Step:
         module = module_of(node, self._root)
         name: object = node.target if module is None else (type(module), module.extra_repr())
         rest = (node.args[1:], {key: value for key, value in node.kwargs.items() if key != "input"})
-        return Step(node, affine.lift, affine.operand_axis, (node.op, name, str(rest)))
+        return Step(node, lift, affine.operand_axis, (node.op, name, str(rest)))
 
     def _cancelled(self, chain: Sequence[Step]) -> int:
         """How many last steps of a chain come to nothing: permutations undone, or a reshape back to what was."""

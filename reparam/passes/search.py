@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from reparam.algebra import AffineMap, Inexact
-from reparam.graph.lift import Carried, Sliced
+from reparam.graph.lift import Carried, Lifted, Sliced
 from reparam.graph.nodes import info
 from reparam.passes.base import Cost
-from reparam.passes.cost import CostModel
+from reparam.passes.cost import MOST_MACS, CostModel
 from reparam.passes.form import Form, Merge, Term
-from reparam.passes.placing import placement, priced
+from reparam.passes.placing import Placement, placement, priced, repeated_steps
 from reparam.passes.region import Blocked, Region
 
-# A launch is dear on small examples only: what computes more than this is not chosen to save launches.
-_MOST_MACS = 1.1
 _MOST_CUTS = 8
 _DEEPEST_CUT = 2
 _LARGEST_CONE = 400
@@ -59,12 +57,17 @@ class Search:
         """Cost of a node as it stands."""
         if node not in self._native:
             affine = self._region.affine[node]
-            lift = affine.lift
-            view = isinstance(lift, Sliced) or (isinstance(lift, Carried) and lift.free)
             self._native[node] = (
-                self._cost.of_view() if view else self._cost.of_node(node, self._root, affine.maps, affine.axis)
+                self._cost.of_view()
+                if self.is_view(node)
+                else self._cost.of_node(node, self._root, affine.maps, affine.axis)
             )
         return self._native[node]
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a node only looks at its operand in another way."""
+        lift = self._region.affine[node].lift
+        return isinstance(lift, Sliced) or (isinstance(lift, Carried) and lift.free)
 
     def price(self, node: fx.Node, form: Form) -> Cost:
         """Cost of computing a node from its form."""
@@ -75,12 +78,15 @@ class Search:
     def _choose(self) -> set[fx.Node]:
         nodes = sorted(self._region.affine, key=self._region.order.__getitem__)
         shared = self._shared(nodes)
-        real = self.forced | shared
-        for node in [node for node in nodes if node in real]:
-            real |= self._solve(node, real).real
-        for node in reversed([node for node in nodes if node in shared and node not in self.forced]):
-            real = self._without(node, real)
-        return real
+        ends = self.forced | shared
+        solutions: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node in nodes:
+            if node in ends:
+                solutions[node] = self._solve(node, ends).real
+        for node in reversed(nodes):
+            if node in solutions and node not in self.forced:
+                self._try_without(node, solutions)
+        return set().union(*solutions.values())
 
     def _shared(self, nodes: list[fx.Node]) -> set[fx.Node]:
         """Nodes that reach more than one real node: each other node belongs to the one it reaches."""
@@ -95,41 +101,66 @@ class Search:
                 owner[node] = owners.pop()
         return shared - self.forced
 
-    def _without(self, node: fx.Node, real: set[fx.Node]) -> set[fx.Node]:
-        """The real nodes with a shared one substituted into all its consumers, if that is exact and cheaper."""
-        consumers = self._consumers(node, real)
-        if not consumers:
-            return real
-        before = sum((self._now(other, real) for other in consumers), self._now(node, real))
-        fewer = real - {node}
-        after, added = Cost(), set[fx.Node]()
-        for other in consumers:
-            solution = self._solve(other, fewer)
-            if node in solution.real:
-                return real
-            after += solution.cost
-            added |= solution.real
-        cheaper = after.seconds < before.seconds * (1 - 1e-6) and after.macs <= before.macs * _MOST_MACS
-        return fewer | added if cheaper else real
+    def _try_without(self, node: fx.Node, solutions: dict[fx.Node, frozenset[fx.Node]]) -> None:
+        """Substitutes a shared node into all its consumers, if that is exact and cheaper.
 
-    def _consumers(self, node: fx.Node, real: set[fx.Node]) -> list[fx.Node]:
-        """The real nodes whose cones read this one."""
+        Args:
+            solutions: the real nodes that compute each end, the shared ones among them; changed in place.
+        """
+        ends = set(solutions)
+        fewer = ends - {node}
+        cones = {end: set(self._region.cone(end, fewer)) for end in self._consumers(node, ends)}
+        added: set[fx.Node] = set()
+        found: dict[fx.Node, frozenset[fx.Node]] = {}
+        for end in cones:
+            found[end] = self._solve(end, fewer | added).real
+            if node in found[end]:
+                return
+            added |= found[end]
+        if not found:
+            return
+        area = set().union(*cones.values())
+        before = area & set().union(*solutions.values())
+        outside = set().union(*solutions.values()) - area
+        old, new = self._total(before, outside), self._total(added, outside)
+        margin = 1 + 1e-6 if self.is_view(node) else 1 - 1e-6  # without a view on a tie: it hides what is behind it
+        if new.seconds >= old.seconds * margin or new.macs > old.macs * MOST_MACS:
+            return
+        del solutions[node]
+        solutions.update(found)
+        for other in added - set(found):
+            if sum(other in cone for cone in cones.values()) > 1:
+                solutions[other] = frozenset(added & self._region_of(other, fewer))
+
+    def _region_of(self, node: fx.Node, ends: set[fx.Node]) -> set[fx.Node]:
+        return set(self._region.cone(node, ends))
+
+    def _total(self, real: set[fx.Node], outside: set[fx.Node]) -> Cost:
+        """What some real nodes cost, given the real nodes around them."""
+        total, forms = Cost(), []
+        for node in real:
+            cone = self._region.cone(node, real | outside)
+            form = None if len(cone) == 1 else self._region.form(cone, real | outside)
+            if isinstance(form, Form):
+                forms.append(form)
+                total += self.price(node, form)
+            else:
+                total += self.native(node)
+        return total - repeated_steps(forms, self._cost)
+
+    def _consumers(self, node: fx.Node, ends: set[fx.Node]) -> list[fx.Node]:
+        """The ends whose cones read this one."""
         found, pending, seen = [], self._region.readers(node), set()
         while pending:
             user = pending.pop()
             if user in seen:
                 continue
             seen.add(user)
-            if user in real:
+            if user in ends:
                 found.append(user)
             else:
                 pending.extend(self._region.readers(user))
         return sorted(found, key=self._region.order.__getitem__)
-
-    def _now(self, node: fx.Node, real: set[fx.Node]) -> Cost:
-        cone = self._region.cone(node, real)
-        form = None if len(cone) == 1 else self._region.form(cone, real)
-        return self.native(node) if form is None or isinstance(form, Blocked) else self.price(node, form)
 
     def _solve(self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], depth: int = 0) -> Solution:
         cone = self._region.cone(node, set(real))
@@ -142,7 +173,7 @@ class Search:
         blocked = form if isinstance(form, Blocked) else self._unwritable(node, form, cone)
         if blocked is not None:
             self.blocked[(blocked.node, blocked.user)] = blocked.why
-            return _best([as_it_is, self._cut(node, real, {blocked.node}, depth)])
+            return self._best([as_it_is, self._cut(node, real, {blocked.node}, depth)])
         assert isinstance(form, Form)
         collapsed = Solution(self.price(node, form), frozenset({node}))
         if len(form.terms) == 1 and self._no_dearer_than_one(collapsed.cost, cone):
@@ -154,13 +185,25 @@ class Search:
                 options.append(self._cut(node, real, operands, depth))
         if depth < _DEEPEST_CUT:
             options += [self._cut(node, real, {cut}, depth + 1) for cut in self._places_to_cut(node, cone)]
-        return _best([*options, collapsed])
+        return self._best([*options, collapsed])
+
+    def _best(self, options: list[Solution]) -> Solution:
+        """The fastest that does not compute much more than the one that computes least; on a tie the one nearer to the
+        original, and with fewer views, which hide from each other what is before and behind them.
+        """
+
+        def rank(option: Solution) -> tuple[float, ...]:
+            views = sum(map(self.is_view, option.real))
+            return (round(option.cost.seconds * 1e10), views - len(option.real), views)
+
+        fewest = min(option.cost.macs for option in options)
+        return min((option for option in options if option.cost.macs <= fewest * MOST_MACS), key=rank)
 
     def _no_dearer_than_one(self, cost: Cost, cone: list[fx.Node]) -> bool:
         """Whether the whole cone costs no more than its largest operation does alone, so that nothing can beat it."""
         seconds = max(self.native(node).seconds for node in cone)
         macs = max(self.native(node).macs for node in cone)
-        return cost.seconds <= seconds * (1 + 1e-6) and cost.macs <= max(macs, 1) * _MOST_MACS
+        return cost.seconds <= seconds * (1 + 1e-6) and cost.macs <= max(macs, 1) * MOST_MACS
 
     def _cut(self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], cuts: set[fx.Node], depth: int) -> Solution:
         """The cone of `node` with `cuts` real: what is above them, and each of them in turn."""
@@ -176,16 +219,31 @@ class Search:
     def _unwritable(self, node: fx.Node, form: Form, cone: list[fx.Node]) -> Blocked | None:
         cost = priced(form, node, self._cost)
         why = cost if isinstance(cost, Inexact) else None
-        if why is None and not any(map(self._has_weights, cone)):
-            why = None if all(term.map.geometry.is_diagonal for term in form.terms) else _NO_WEIGHTS
+        if why is None and not self._may_become_a_layer(cone):
+            why = None if all(map(self._only_scales_as_placed, form.terms)) else _NO_WEIGHTS
         if why is None:
             return None
         operands = self._region.affine[node].operands
         return Blocked(next(other for other in reversed(cone[:-1]) if other in operands), node, why)
 
+    def _only_scales_as_placed(self, term: Term) -> bool:
+        found = placement(term, self._cost)
+        return isinstance(found, Placement) and found.term.map.geometry.is_diagonal
+
     def _has_weights(self, node: fx.Node) -> bool:
         maps = self._region.affine[node].maps
         return any(map_.has_weights and not map_.geometry.is_diagonal for map_ in maps)
+
+    def _scales_channels(self, node: fx.Node) -> bool:
+        """Whether it has a weight for each channel, which fixes their number."""
+        affine = self._region.affine[node]
+        varies = isinstance(affine.lift, Lifted) and affine.lift.axis is not None
+        return varies and any(map_.has_weights for map_ in affine.maps)
+
+    def _may_become_a_layer(self, cone: list[fx.Node]) -> bool:
+        """Whether there is a layer among the nodes, or a sum of operations with a weight for each channel."""
+        sums = any(len(self._region.affine[node].operands) > 1 for node in cone)
+        return any(map(self._has_weights, cone)) or (sums and any(map(self._scales_channels, cone)))
 
     def _operands_of_first_sum(self, node: fx.Node, cone: list[fx.Node]) -> set[fx.Node]:
         """The operands inside the cone of the sum that `node` is, or is a chain of single operations over."""
@@ -207,13 +265,6 @@ class Search:
         return [other for _, _, other in sorted(places)[:_MOST_CUTS]]
 
 
-def _best(options: list[Solution]) -> Solution:
-    """The fastest that does not compute much more than the one that computes least; nearer to the original on a tie."""
-    fewest = min(option.cost.macs for option in options)
-    lean = [option for option in options if option.cost.macs <= fewest * _MOST_MACS]
-    return min(lean, key=lambda option: (round(option.cost.seconds * 1e10), -len(option.real)))
-
-
 def _only_scales(maps: tuple[AffineMap, ...]) -> bool:
     return all(map_.geometry.is_diagonal for map_ in maps)
 
@@ -226,10 +277,13 @@ def merging_pays(model: CostModel) -> Merge:
         if isinstance(one, Inexact):
             return False
         total = Cost()
+        stacked = first.rows != second.rows
         for found in apart:
             if isinstance(found, Inexact):
                 return True
             total += found.cost
+        if stacked and one.cost.macs > total.macs * MOST_MACS:
+            return False
         return model.key(one.cost) <= model.key(total + model.of_sum(one.like.numel, one.like.dtype.itemsize))
 
     return pays

@@ -178,6 +178,7 @@ class Head(nn.Module):
 _ONE = {"conv": 0, "bn": 0, "linear": 1}
 _TWO = {"conv": 0, "bn": 0, "linear": 2}
 _TOKENS = (2, 6, 8)
+_KEYS_TRANSPOSED = {"bn": 0, "linear": 3, "conv": 1}  # k stays [N, C, L], as the product with q wants it
 
 CASES = [
     BlockCase("levit_linear_bn", partial(TokenLinearBN, 8, 12), _TOKENS, _ONE, "3", False),
@@ -185,7 +186,7 @@ CASES = [
     BlockCase("norm_head", partial(NormHead, 8, 5), (3, 8), _ONE, "3", False),
     BlockCase("averaged_norm_heads", partial(AveragedHeads, 8, 5, True), (3, 8), _ONE, "3", False),
     BlockCase("averaged_heads", partial(AveragedHeads, 8, 5, False), (3, 8), _ONE, "3", False),
-    BlockCase("nextvit_attention", partial(PooledAttention, 8, 4), (2, 8, 4, 6), {"bn": 0, "linear": 4}, "3", False),
+    BlockCase("nextvit_attention", partial(PooledAttention, 8, 4), (2, 8, 4, 6), _KEYS_TRANSPOSED, "3", False),
     BlockCase("efficientformer_pool", partial(MetaPool, 6, False), shape(2, 6), {"conv": 0}),
     BlockCase(
         "metaformer_pool_counting", partial(MetaPool, 6, True), shape(2, 6), {"conv": 1, "add": 0, "mul": 0}, "3"

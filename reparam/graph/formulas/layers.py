@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,9 @@ def average_pool(call: Call, rank: int) -> Lifted | Carried | Inexact | None:
     stride = kernel if call["stride"] in (None, (), []) else per_axis(call["stride"], rank, 1)
     pads = tuple((p, p) for p in padding)
     device = getattr(info(x), "device", "cpu")
-    return Lifted((x,), lambda channels: (algebra.from_average_pool(channels, kernel, stride, pads, device),), 1)
+    carried = None if any(padding) else carriers.inner_average_pool(call)
+    made = partial(algebra.from_average_pool, kernel=kernel, stride=stride, padding=pads, device=device)
+    return Lifted((x,), lambda channels: (made(channels),), 1, carried=carried)
 
 
 _PADDING_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
