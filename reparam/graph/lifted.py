@@ -39,6 +39,11 @@ class LiftedGraph:
             self._found[node] = self._table.lift(node, self._root, self._constants, self.sizes)
         return self._found[node]
 
+    def is_affine(self, node: fx.Node) -> bool:
+        """Whether a node is affine, and so may be merged with others."""
+        found = self.lift(node)
+        return found is not None and not isinstance(found, Inexact)
+
     def _sizes(self, node: fx.Node, sizes: Sizes) -> Dims | None:
         found = self.lift(node)
         if isinstance(found, Either):

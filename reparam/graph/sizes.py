@@ -173,25 +173,83 @@ def _like(node: fx.Node) -> fx.Node | None:
     return shape_read(other) if name in ("view", "reshape") else None
 
 
-def read_upstream(graph: fx.Graph, sizes: Sizes) -> None:
-    """Lets every read of a size ask the earliest tensor that has this size, so that reading it keeps no other alive."""
-    for node in list(graph.nodes):
-        read = size_read(node)
-        size = None if read is None else sizes.dims(read[0])[read[1]]
-        if size is None or read is None or size == Size(1, (read,)):
+def read_elsewhere(graph: fx.Graph, sizes: Sizes, affine: Callable[[fx.Node], bool]) -> None:
+    """Lets reads of a size ask a tensor that exists in any case, so that reading it keeps no other alive.
+
+    Args:
+        affine: whether a node's tensor may go.
+    """
+    reads = [(node, read) for node in graph.nodes if (read := size_read(node)) is not None]
+    if not reads:
+        return
+    holders: Holders = {}
+    waiting = iter(reads)
+    node, read = next(waiting)
+    for other in list(graph.nodes):
+        if other is node:
+            _redirect(node, read, sizes.dims(read[0])[read[1]], holders)
+            node, read = next(waiting, (graph._root, read))
+        if info(other) is None:
             continue
-        if size.literal is not None:
-            replace_by_literal(node, size.literal)
-        elif size.number == 1 and len(size.atoms) == 1 and size.atoms[0][1] >= 0:
-            tensor, axis = size.atoms[0]
-            with graph.inserting_before(node):
-                early = graph.call_method("size", (tensor, axis))
-            early.meta = {**node.meta, "number": node.meta.get("number")}
-            node.replace_all_uses_with(early)
-            graph.erase_node(node)
-    for node in list(graph.nodes):
-        if not node.users and shape_read(node) is not None:
-            graph.erase_node(node)
+        stays = _stays(other, affine)
+        for axis, size in enumerate(sizes.dims(other)) if stays is not None else ():
+            if size not in holders or (stays and not holders[size][0]):
+                holders[size] = (bool(stays), other, axis)
+    for other in list(graph.nodes):
+        if not other.users and shape_read(other) is not None:
+            graph.erase_node(other)
+
+
+def _stays(node: fx.Node, affine: Callable[[fx.Node], bool]) -> bool | None:
+    """Whether a tensor exists in any case; None if it is one that a single operation reads, which may well go."""
+    if not affine(node):
+        return True
+    readers = [user for user in node.users if size_read(user) is None and shape_read(user) is None]
+    if any(not affine(user) for user in readers):
+        return True
+    return False if len(readers) > 1 else None
+
+
+Holders: TypeAlias = "dict[Size, tuple[bool, fx.Node, int]]"
+
+
+def _redirect(node: fx.Node, read: Atom, size: Size, holders: Holders) -> None:
+    literal = size.literal
+    if literal is not None:
+        replace_by_literal(node, literal)
+        return
+    factors = [Size(1, (atom,)) for atom in size.atoms]
+    sure = size in holders and holders[size][0]
+    if not sure and len(factors) > 1 and all(factor in holders for factor in factors):
+        early = _product_read(node, size, [holders[factor] for factor in factors])
+    elif size in holders and holders[size][1] is not read[0]:
+        early = _read(node, holders[size])
+    else:
+        return
+    node.replace_all_uses_with(early)
+    node.graph.erase_node(node)
+
+
+def _product_read(node: fx.Node, size: Size, held: list[tuple[bool, fx.Node, int]]) -> fx.Node:
+    total = _read(node, held[0])
+    number: int = total.meta["number"]
+    others: list[tuple[Any, int]] = [(early := _read(node, holder), early.meta["number"]) for holder in held[1:]]
+    if size.number != 1:
+        others.append((size.number, size.number))
+    for factor, value in others:
+        number *= value
+        with node.graph.inserting_before(node):
+            total = node.graph.call_function(operator.mul, (total, factor))
+        total.meta = {**node.meta, "number": number}
+    return total
+
+
+def _read(node: fx.Node, holder: tuple[bool, fx.Node, int]) -> fx.Node:
+    _, tensor, axis = holder
+    with node.graph.inserting_before(node):
+        early = node.graph.call_method("size", (tensor, axis))
+    early.meta = {**node.meta, "number": info(tensor).shape[axis]}  # type: ignore[union-attr]
+    return early
 
 
 def _fits(dims: Dims, shape: tuple[int, ...]) -> bool:

@@ -21,7 +21,7 @@ from reparam.graph.lift import LiftTable
 from reparam.graph.lifted import LiftedGraph
 from reparam.graph.nodes import described, info, module_of, pinned, place
 from reparam.graph.normal import eliminate_dead_code
-from reparam.graph.sizes import read_upstream, spell_out
+from reparam.graph.sizes import read_elsewhere, spell_out
 from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
@@ -44,7 +44,7 @@ class Collapse:
         """Rewrites the graph in place."""
         spell_out(graph)
         lifted = LiftedGraph(graph, root, self.table, Constants(graph, root))
-        read_upstream(graph, lifted.sizes)
+        read_elsewhere(graph, lifted.sizes, lifted.is_affine)
         region = Region(graph, root, lifted, merging_pays(self.cost))
         search = Search(region, root, self.cost)
         names = _Names(graph, _going(region, search))

@@ -160,6 +160,8 @@ def mapped(form: Form, g: AffineMap, pays: Merge) -> Form | Inexact:
             return found
         terms = with_term(terms, found, pays)
     channels = g.geometry.out_channels
+    if not g.geometry.is_diagonal and any(term.rows is not None for term in terms):
+        return Inexact("it reads concatenated parts, and a layer for each of them would be more layers than there are")
     if any(term.rows is not None for term in terms) and not _tiles(terms, channels):
         return Inexact("the next layer mixes some of the concatenated parts and not others")
     return Form(tuple(terms), channels, carried_bias(bias, g))

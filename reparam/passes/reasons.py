@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from reparam.algebra import Inexact
-from reparam.graph.lift import Lifted
+from reparam.graph.lift import Carried, Lifted
 from reparam.graph.nodes import kind, place
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal
@@ -43,7 +43,7 @@ def _is_norm(node: fx.Node, root: nn.Module) -> bool:
 def _why(node: fx.Node, region: Region, search: Search, root: nn.Module) -> Inexact | None:
     """Why an affine node stays alone, or None if it does not look foldable."""
     norm = _is_norm(node, root)
-    for operand in region.affine[node].operands:
+    for operand in _neighbours(node, region):
         if operand in region:
             return _why_edge(operand, node, region, search, root) if norm or _looks_foldable(node, region) else None
     for user in node.users:
@@ -67,6 +67,16 @@ def _why_edge(operand: fx.Node, node: fx.Node, region: Region, search: Search, r
             f"the output of {_named(operand, root)} also feeds {readers}", "give the other reader a tensor of its own"
         )
     return Inexact("merging it is exact, but the merged layers would cost more than these do")
+
+
+def _neighbours(node: fx.Node, region: Region) -> list[fx.Node]:
+    """The operands, seen through operations that scales and layers commute with."""
+    found = []
+    for operand in region.affine[node].operands:
+        while operand in region and isinstance(region.affine[operand].lift, Carried):
+            (operand,) = region.affine[operand].operands
+        found.append(operand)
+    return found
 
 
 def _looks_foldable(node: fx.Node, region: Region) -> bool:

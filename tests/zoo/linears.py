@@ -178,7 +178,7 @@ class Head(nn.Module):
 _ONE = {"conv": 0, "bn": 0, "linear": 1}
 _TWO = {"conv": 0, "bn": 0, "linear": 2}
 _TOKENS = (2, 6, 8)
-_KEYS_TRANSPOSED = {"bn": 0, "linear": 3, "conv": 1}  # k stays [N, C, L], as the product with q wants it
+_KEYS_TRANSPOSED = {"bn": 0}  # k becomes a convolution, since the product with q wants it as [N, C, L]
 
 CASES = [
     BlockCase("levit_linear_bn", partial(TokenLinearBN, 8, 12), _TOKENS, _ONE, "3", False),

@@ -213,8 +213,17 @@ def positions(call: Call) -> Carried | None:
         return None
     own = own_sizes(call.node)
     moved = tuple(Moved(axis) if whole else None for axis, whole in enumerate(untouched))
-    sizes = tuple(dims[axis] if whole else own[axis] for axis, whole in enumerate(untouched))
+    sizes = tuple(
+        dims[axis] if whole else _length(index[axis], dims[axis]) or own[axis] for axis, whole in enumerate(untouched)
+    )
     return Carried(x, moved, sizes, free=True)
+
+
+def _length(part: slice, size: Size) -> Size | None:
+    """How many positions a slice takes, if that is the same for every input."""
+    if size.literal is None or any(isinstance(value, fx.Node) for value in (part.start, part.stop, part.step)):
+        return None
+    return Size(len(range(*part.indices(size.literal))))
 
 
 def full_index(index: Any, rank: int) -> list[slice] | None:
