@@ -20,8 +20,6 @@ from reparam.passes.base import Cost
 from reparam.passes.cost import CostModel
 from reparam.passes.region import Blocked, Form, Region, Term
 
-# A launch is dear on small examples only: what computes more than this is not chosen to save launches.
-_MOST_MACS = 1.1
 _MOST_CUTS = 8
 _DEEPEST_CUT = 2
 _LARGEST_CONE = 400
@@ -112,8 +110,9 @@ class Search:
                 return real
             after += solution.cost
             added |= solution.real
-        cheaper = after.seconds < before.seconds * (1 - 1e-6) and after.macs <= before.macs * _MOST_MACS
-        return fewer | added if cheaper else real
+        model = self._cost
+        cheaper = model.key(after) < model.key(before) and model.is_lean(after, before)
+        return fewer | added if cheaper and model.no_slower(after, before) else real
 
     def _consumers(self, node: fx.Node, real: set[fx.Node]) -> list[fx.Node]:
         """The real nodes whose cones read this one."""
@@ -145,7 +144,7 @@ class Search:
         blocked = form if isinstance(form, Blocked) else self._unwritable(node, form, cone)
         if blocked is not None:
             self.blocked[(blocked.node, blocked.user)] = blocked.why
-            return _best([as_it_is, self._cut(node, real, {blocked.node}, depth)])
+            return _best([as_it_is, self._cut(node, real, {blocked.node}, depth)], self._cost)
         assert isinstance(form, Form)
         collapsed = Solution(self.price(node, form), frozenset({node}))
         if len(form.terms) == 1 and self._no_dearer_than_one(collapsed.cost, cone):
@@ -157,13 +156,15 @@ class Search:
                 options.append(self._cut(node, real, operands, depth))
         if depth < _DEEPEST_CUT:
             options += [self._cut(node, real, {cut}, depth + 1) for cut in self._places_to_cut(node, cone)]
-        return _best([*options, collapsed])
+        return _best([*options, collapsed], self._cost)
 
     def _no_dearer_than_one(self, cost: Cost, cone: list[fx.Node]) -> bool:
         """Whether the whole cone costs no more than its largest operation does alone, so that nothing can beat it."""
-        seconds = max(self.native(node).seconds for node in cone)
-        macs = max(self.native(node).macs for node in cone)
-        return cost.seconds <= seconds * (1 + 1e-6) and cost.macs <= max(macs, 1) * _MOST_MACS
+        model, alone = self._cost, [self.native(node) for node in cone]
+        slowest, largest = max(alone, key=lambda one: one.seconds), max(alone, key=lambda one: one.macs)
+        if not (model.no_slower(cost, slowest) and model.is_lean(cost, largest)):
+            return False
+        return model.key(cost) <= max(map(model.key, alone))
 
     def _cut(self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], cuts: set[fx.Node], depth: int) -> Solution:
         """The cone of `node` with `cuts` real: what is above them, and each of them in turn."""
@@ -212,11 +213,12 @@ class Search:
         return [other for _, _, other in sorted(places)[:_MOST_CUTS]]
 
 
-def _best(options: list[Solution]) -> Solution:
-    """The fastest that does not compute much more than the one that computes least; nearer to the original on a tie."""
-    fewest = min(option.cost.macs for option in options)
-    lean = [option for option in options if option.cost.macs <= fewest * _MOST_MACS]
-    return min(lean, key=lambda option: (round(option.cost.seconds * 1e10), -len(option.real)))
+def _best(options: list[Solution], model: CostModel) -> Solution:
+    """The best under the objective of those that are no slower than the first, the original; on a tie the nearest."""
+    kept = [option for option in options if model.no_slower(option.cost, options[0].cost)]
+    leanest = min((option.cost for option in kept), key=lambda cost: cost.macs)
+    lean = [option for option in kept if model.is_lean(option.cost, leanest)]
+    return min(lean, key=lambda option: (model.key(option.cost), -len(option.real)))
 
 
 def _only_scales(maps: tuple[AffineMap, ...]) -> bool:
@@ -235,6 +237,6 @@ def merging_pays(cost: CostModel) -> Callable[[Term, Term, AffineMap, int], bool
             if not term.map.is_identity:
                 apart += cost.of_map(term.map.geometry, source, axis)
         one = cost.of_map(merged.geometry, source, axis)
-        return one.seconds <= apart.seconds + cost.of_sum(source.numel, source.dtype.itemsize).seconds
+        return cost.key(one) <= cost.key(apart + cost.of_sum(source.numel, source.dtype.itemsize))
 
     return pays
