@@ -12,18 +12,19 @@ An alternative that takes more seconds than the original is never chosen, whatev
 from __future__ import annotations
 
 from math import prod
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from torch import fx, nn
 
 from reparam.algebra import AffineMap, Geometry
 from reparam.capture.captured import TensorInfo
+from reparam.errors import InputError
 from reparam.graph.nodes import info, module_of
 from reparam.passes.base import Cost
-from reparam.passes.machines import EAGER_CPU, Machine
+from reparam.passes.machines import EAGER_CPU, MACHINES, Machine
 
 Objective = Literal["latency", "macs", "parameters"]
-OBJECTIVES: tuple[Objective, ...] = ("latency", "macs", "parameters")
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 # A launch is dear on small examples only: what computes more than this is not chosen to save launches.
 MOST_MACS = 1.1
@@ -55,18 +56,22 @@ class CostModel:
         """Whether the seconds are at most those of the original."""
         return cost.seconds <= original.seconds * (1 + _SAME)
 
+    def priced(self, macs: int, moved: int, launches: int, parameters: int = 0) -> Cost:
+        """Operations that are no layers with weights: they scale, add, pool, pad or copy."""
+        return Cost(macs, moved, launches, self.machine.elementwise(macs, moved, launches), parameters)
+
     def of_map(self, geometry: Geometry, source: TensorInfo, axis: int) -> Cost:
         """Running a map on `source`, whose channels lie in `axis`, as one layer."""
         out = output_numel(geometry, source, axis)
         if geometry.is_diagonal:
-            return self._elementwise(source.dtype.itemsize * 2 * out, geometry.out_channels)
+            return self.priced(0, source.dtype.itemsize * 2 * out, 1, geometry.out_channels)
         weights = prod(geometry.weight_shape)
         moved = source.dtype.itemsize * (source.numel + out + weights)
         return self._layer(geometry, out, moved, weights) + self._padding(geometry, source)
 
     def of_sum(self, numel: int, itemsize: int) -> Cost:
         """Adding one tensor to another."""
-        return self._elementwise(itemsize * 3 * numel)
+        return self.priced(0, itemsize * 3 * numel, 1)
 
     def of_node(self, node: fx.Node, root: nn.Module, maps: tuple[AffineMap, ...] = (), axis: int = 1) -> Cost:
         """Running a node as it stands; `maps` are its maps if it is affine, which tells what it computes."""
@@ -82,16 +87,11 @@ class CostModel:
         weights = sum(prod(made.geometry.weight_shape) for made in maps if made.has_weights)
         mixing = [made for made in maps if not made.geometry.is_diagonal]
         if not mixing:
-            return self._elementwise(moved, weights)
+            return self.priced(0, moved, 1, weights)
         made = mixing[0]
         if not made.has_weights:
-            macs = out.numel * prod(made.geometry.weight_shape[1:])
-            machine = self.machine
-            return Cost(macs, moved, 1, machine.elementwise(moved) + macs / machine.depthwise)
+            return self.priced(out.numel * prod(made.geometry.weight_shape[1:]), moved, 1)
         return self._layer(made.geometry, out.numel, moved, weights) + self._padding(made.geometry, (*sources, out)[0])
-
-    def _elementwise(self, moved: int, weights: int = 0) -> Cost:
-        return Cost(0, moved, 1, self.machine.elementwise(moved), weights)
 
     def _layer(self, geometry: Geometry, out: int, moved: int, weights: int) -> Cost:
         machine, groups = self.machine, geometry.groups
@@ -110,7 +110,20 @@ class CostModel:
         one_sided = any(low != high for low, high in geometry.padding) and not geometry.is_transposed
         if not (self.machine.pads_apart and one_sided):
             return Cost()
-        return self._elementwise(2 * source.dtype.itemsize * source.numel)
+        return self.priced(0, 2 * source.dtype.itemsize * source.numel, 1)
+
+
+def cost_model(objective: str, machine: str) -> CostModel:
+    """The cost model of a user's words.
+
+    Raises:
+        InputError: one of them is not known.
+    """
+    if objective not in OBJECTIVES:
+        raise InputError(f"objective {objective!r} is not known; choose among {', '.join(OBJECTIVES)}")
+    if machine not in MACHINES:
+        raise InputError(f"machine {machine!r} is not known; choose among {', '.join(MACHINES)}")
+    return CostModel(MACHINES[machine], cast(Objective, objective))
 
 
 def output_numel(geometry: Geometry, source: TensorInfo, axis: int) -> int:

@@ -44,9 +44,9 @@ class Machine:
     block: int = 1
     pads_apart: bool = True
 
-    def elementwise(self, moved: float) -> float:
-        """Seconds of an operation that moves `moved` bytes and computes little."""
-        return self.launch + moved / self.bandwidth
+    def elementwise(self, macs: float, moved: float, launches: int = 1) -> float:
+        """Seconds of operations that are no layers with weights; a pooling computes like a depthwise convolution."""
+        return launches * self.launch + macs / self.depthwise + moved / self.bandwidth
 
     def dense(self, macs: float, moved: float) -> float:
         """Seconds of a convolution or matrix product without groups."""
@@ -73,7 +73,7 @@ EAGER_CPU = Machine(
     layer_bandwidth=6e9,
     block=8,
 )
-ONNXRUNTIME_CPU = EAGER_CPU
+ONNXRUNTIME_CPU = Machine(1.5e-6, 1e-6, 0.0, 3.8e10, 1.3e10, 2e10, 2e10, 8, pads_apart=False)
 CUDA = EAGER_CPU
 
 MACHINES: Mapping[str, Machine] = MappingProxyType(
