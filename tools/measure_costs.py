@@ -9,14 +9,13 @@ decides where the 95% bootstrap interval of their ratio excludes 1 and the media
 ranks a pair as the clock does if it prices the faster one lower. It is asked twice: with the constants just measured,
 and with those in `machines.py`; `--reprice` asks it again after these were edited, and measures nothing.
 
-Results go to `tools/results/costs.json` and `.md`. `--threads 0` is torch's default number; runtimes that this machine
-does not have are left out.
+Results go to `tools/results/costs.json` and `.md`, where they replace those of the same runtime and number of threads.
+`--threads 0` is torch's default number; runtimes that this machine does not have are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,8 @@ from reparam.passes.machines import MACHINES, Machine  # noqa: E402
 from reparam.passes.region import Region  # noqa: E402
 from reparam.passes.search import merging_pays  # noqa: E402
 from tools.cost_probes import Pair, Probe, pairs, probes  # noqa: E402
-from tools.record import write  # noqa: E402
+from tools.cost_table import NAMES, Ranked, Result, as_python, load, save, score  # noqa: E402
 
-NAMES = {"eager": "eager-cpu", "onnxruntime": "onnxruntime-cpu", "cuda": "cuda"}
 SECONDS = ("launch", "layer", "grouped")
 RATES = ("macs", "depthwise", "bandwidth", "layer_bandwidth")
 BLOCKS = (1, 4, 8, 16)
@@ -58,50 +56,8 @@ LAYERS = 4
 REPEATED = 3
 # Shorter calls are repeated until they take this long, so that the clock's own time does not count.
 CALL_SECONDS = 2e-4
-MARGIN = 0.03
 
 Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """One pair: ratio first / second of the clock with its interval, and of the prices."""
-
-    pair: str
-    first: float
-    second: float
-    ratio: float
-    low: float
-    high: float
-    fitted: float
-    committed: float
-
-    @property
-    def decided(self) -> bool:
-        """Whether the clock tells the two apart."""
-        apart = max(self.ratio, 1 / self.ratio) >= 1 + MARGIN
-        return apart and (self.low > 1 or self.high < 1)
-
-    def agrees(self, priced: float) -> bool:
-        """Whether a ratio of prices is on the clock's side of 1."""
-        return (priced > 1) == (self.ratio > 1) and priced != 1
-
-
-@dataclass(frozen=True)
-class Result:
-    """One runtime with one number of threads."""
-
-    runtime: str
-    threads: int
-    machine: Machine
-    errors: dict[str, float]
-    layers: dict[str, tuple[float, float]]
-    ranked: tuple[Ranked, ...]
-
-    @property
-    def decided(self) -> list[Ranked]:
-        """The pairs that the clock tells apart."""
-        return [one for one in self.ranked if one.decided]
 
 
 def repeated(make: Callable[[], nn.Module], count: int, relu: bool) -> nn.Module:
@@ -120,12 +76,17 @@ def caller(runtime: str, module: nn.Module, shape: tuple[int, ...], threads: int
         device = "cuda" if runtime == "cuda" else "cpu"
         module, x = module.to(device), x.to(device)
         return lambda: module(x)
-    from reparam.export import OnnxSession
+    import onnxruntime
 
     path = folder / f"{len(list(folder.iterdir()))}.onnx"
     logging.disable(logging.WARNING)
     torch.onnx.export(module, (x,), str(path), dynamo=False, input_names=["x"], output_names=["y"])
-    session = OnnxSession(path, threads=threads)._session
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    # Or the threads of all the other sessions would still wait for work, busily, while this one is measured.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=["CPUExecutionProvider"])
     feeds = {"x": x.numpy()}
     return lambda: session.run(["y"], feeds)
 
@@ -245,7 +206,9 @@ def measured_layers(found: Sequence[Probe], runtime: str, threads: int, seconds:
     ]
 
 
-def rank(found: Sequence[Pair], runtime: str, threads: int, seconds: float, fitted: Machine, folder: Path) -> list[Ranked]:
+def rank(
+    found: Sequence[Pair], runtime: str, threads: int, seconds: float, fitted: Machine, folder: Path
+) -> list[Ranked]:
     """Every pair by the clock and by both sets of constants."""
     committed, ranked = MACHINES[NAMES[runtime]], []
     calls: dict[str, Call] = {}
@@ -266,6 +229,7 @@ def rank(found: Sequence[Pair], runtime: str, threads: int, seconds: float, fitt
 def run(runtime: str, threads: int, args: argparse.Namespace) -> Result:
     """Constants and ranking of one runtime."""
     torch.set_num_threads(threads)
+    load_before = system_load()
     found = list(probes())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -279,99 +243,7 @@ def run(runtime: str, threads: int, args: argparse.Namespace) -> Result:
         errors["committed"] = spread(MACHINES[NAMES[runtime]], kept, times)
         ranked = rank(list(pairs()), runtime, threads, args.seconds, machine, folder)
     by_layer = {layer_name(found[i]): (took[i], layers[i].seconds(machine)) for i in sound}
-    return Result(runtime, threads, machine, errors, by_layer, tuple(ranked))
-
-
-def as_python(result: Result) -> str:
-    """The constants, ready to paste."""
-    name = NAMES[result.runtime].upper().replace("-", "_")
-    values = {field.name: getattr(result.machine, field.name) for field in fields(Machine)}
-    body = "".join(f"    {field}={literal(value)},\n" for field, value in values.items())
-    return f"{name} = Machine(\n{body})"
-
-
-def literal(value: float | bool) -> str:
-    """A constant as one would write it."""
-    if isinstance(value, float) and math.isinf(value):
-        return "math.inf"
-    return f"{value:.1e}".replace("e+", "e").replace(".0e", "e") if isinstance(value, float) else repr(value)
-
-
-def score(result: Result, which: str) -> str:
-    """`61 of 63`: pairs that the model ranks as the clock does, of those that the clock tells apart."""
-    good = sum(one.agrees(getattr(one, which)) for one in result.decided)
-    return f"{good} of {len(result.decided)}"
-
-
-def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
-    """The results as a page."""
-    lines = [
-        "# What the cost model's constants are, and how they rank",
-        "",
-        f"`{facts['command']}`, {facts['hardware']}, torch {facts['torch']}, onnxruntime {facts['onnxruntime']}; "
-        "float32, paired and interleaved, medians. The constants in `reparam/passes/machines.py` are those with 1 thread.",
-        "",
-        "| runtime | threads | " + " | ".join(field.name for field in fields(Machine)) + " |",
-        "|---|--:|" + "--:|" * len(fields(Machine)),
-    ]
-    for result in results:
-        cells = " | ".join(f"{getattr(result.machine, field.name):g}" for field in fields(Machine))
-        lines.append(f"| {result.runtime} | {result.threads} | {cells} |")
-    lines += [
-        "",
-        "launch, layer and grouped are seconds, the rest multiply-adds or bytes per second.",
-        "",
-        "| runtime | threads | median factor of a layer's price, fitted / committed | pairs ranked as the clock does, "
-        "fitted | committed | pairs the clock does not tell apart |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for result in results:
-        ties = len(result.ranked) - len(result.decided)
-        lines.append(
-            f"| {result.runtime} | {result.threads} | {result.errors['fitted']:.2f} / {result.errors['committed']:.2f} "
-            f"| {score(result, 'fitted')} | {score(result, 'committed')} | {ties} |"
-        )
-    for result in results:
-        lines += [
-            "",
-            f"## {result.runtime}, {result.threads} thread(s)",
-            "",
-            "Ratio first / second: above 1 the second is faster. Prices are those of the committed constants.",
-            "",
-            "| pair | first, us | second, us | clock (95% interval) | price | |",
-            "|---|--:|--:|--:|--:|---|",
-        ]
-        for one in result.ranked:
-            verdict = "undecided" if not one.decided else "" if one.agrees(one.committed) else "**differs**"
-            lines.append(
-                f"| {one.pair.replace(' | ', ' or ')} | {1e6 * one.first:.0f} | {1e6 * one.second:.0f} "
-                f"| {one.ratio:.2f} ({one.low:.2f}-{one.high:.2f}) | {one.committed:.2f} | {verdict} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def load(out: Path) -> tuple[dict[str, Any], list[Result]]:
-    """The facts and results of an earlier run."""
-    facts = json.loads((out / "costs.json").read_text())
-    results = [
-        Result(
-            row["runtime"],
-            row["threads"],
-            Machine(**row["machine"]),
-            row["errors"],
-            {name: (took, price) for name, (took, price) in row["layers"].items()},
-            tuple(Ranked(**one) for one in row["ranked"]),
-        )
-        for row in facts.pop("results")
-    ]
-    return facts, results
-
-
-def save(out: Path, facts: dict[str, Any], results: Sequence[Result]) -> None:
-    """Writes `costs.json` and `costs.md`."""
-    rows = [asdict(result) for result in results]
-    write(out / "costs.json", json.dumps({**facts, "results": rows}, indent=1) + "\n")
-    write(out / "costs.md", markdown(results, facts))
+    return Result(runtime, threads, load_before, machine, errors, by_layer, tuple(ranked))
 
 
 def priced_pairs(found: Iterable[Pair]) -> dict[str, tuple[Priced, Priced]]:
@@ -450,9 +322,9 @@ def main() -> int:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "onnxruntime": __import__("onnxruntime").__version__ if "onnxruntime" in runtimes else "-",
-        "load_before": system_load(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    earlier = load(args.out)[1] if (args.out / "costs.json").exists() else []
     results = []
     for runtime in runtimes:
         counts = [int(text) or default for text in args.threads.split(",")] if runtime != "cuda" else [default]
@@ -462,6 +334,10 @@ def main() -> int:
             print(f"# {runtime}, {threads} thread(s): layers within x{result.errors['fitted']:.2f} (median), ", end="")
             print(f"pairs ranked as the clock does: {score(result, 'fitted')}; committed: {score(result, 'committed')}")
             print(as_python(result), flush=True)
+    measured = {(result.runtime, result.threads) for result in results}
+    kept = [result for result in repriced(earlier) if (result.runtime, result.threads) not in measured]
+    order = list(NAMES)
+    results = sorted([*results, *kept], key=lambda result: (order.index(result.runtime), result.threads))
     save(args.out, facts, results)
     return 0
 

@@ -12,7 +12,7 @@ An alternative that takes more seconds than the original is never chosen, whatev
 from __future__ import annotations
 
 from math import prod
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from torch import fx, nn
 
@@ -123,7 +123,7 @@ def cost_model(objective: str, machine: str) -> CostModel:
         raise InputError(f"objective {objective!r} is not known; choose among {', '.join(OBJECTIVES)}")
     if machine not in MACHINES:
         raise InputError(f"machine {machine!r} is not known; choose among {', '.join(MACHINES)}")
-    return CostModel(MACHINES[machine], cast(Objective, objective))
+    return CostModel(MACHINES[machine], objective)
 
 
 def output_numel(geometry: Geometry, source: TensorInfo, axis: int) -> int:

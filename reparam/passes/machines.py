@@ -64,17 +64,43 @@ class Machine:
 
 
 EAGER_CPU = Machine(
-    launch=2.5e-6,
-    layer=2e-5,
-    grouped=8e-5,
-    macs=3.5e10,
-    depthwise=3e10,
-    bandwidth=4e10,
-    layer_bandwidth=6e9,
+    launch=5.5e-6,
+    layer=2.1e-5,
+    grouped=1.1e-4,
+    macs=3.3e10,
+    depthwise=3.4e10,
+    bandwidth=3.5e10,
+    layer_bandwidth=8.2e9,
     block=8,
+    pads_apart=True,
 )
-ONNXRUNTIME_CPU = Machine(1.5e-6, 1e-6, 0.0, 3.8e10, 1.3e10, 2e10, 2e10, 8, pads_apart=False)
-CUDA = EAGER_CPU
+"""Measured: `tools/results/costs.md`, 1 thread. Layers convert their tensors' layout, which `layer_bandwidth` shows."""
+
+ONNXRUNTIME_CPU = Machine(
+    launch=7.3e-7,
+    layer=4.4e-8,
+    grouped=1.5e-6,
+    macs=4e10,
+    depthwise=2.1e10,
+    bandwidth=2.8e10,
+    layer_bandwidth=3.5e10,
+    block=8,
+    pads_apart=False,
+)
+"""Measured: `tools/results/costs.md`, 1 thread. The runtime keeps one layout and fuses padding into the layer."""
+
+CUDA = Machine(
+    launch=5e-6,
+    layer=0.0,
+    grouped=0.0,
+    macs=9.7e12,
+    depthwise=9.7e12,
+    bandwidth=1.6e12,
+    layer_bandwidth=1.6e12,
+)
+"""Not measured. Rates are the data sheet's of an NVIDIA A100 (40 GB): 19.5 TFLOPS in float32 without tensor cores, that
+is 9.7e12 multiply-adds per second, and 1555 GB/s; a launch of 5 us is the usual order of magnitude of a kernel launched
+from eager PyTorch. `tools/measure_costs.py --runtimes cuda` measures them where there is a GPU."""
 
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {"eager-cpu": EAGER_CPU, "onnxruntime-cpu": ONNXRUNTIME_CPU, "cuda": CUDA}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,11 +24,11 @@ from tools.cost_probes import Sum, conv
 
 
 def linears(*widths: int) -> nn.Module:
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
 
 
 def pointwise(*widths: int) -> nn.Module:
-    return nn.Sequential(*(nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:], strict=False)))
+    return nn.Sequential(*(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths)))
 
 
 def image(channels: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The measurement's arithmetic, and that the committed constants are the measured ones. Nothing here looks at a clock."""
+"""The measurement's arithmetic, and that the committed constants are the measured ones; nothing looks at a clock."""
 
 from __future__ import annotations
 
@@ -10,19 +10,8 @@ import pytest
 
 from reparam.passes.machines import EAGER_CPU, MACHINES, Machine
 from tools.cost_probes import pairs, probes
-from tools.measure_costs import (
-    NAMES,
-    ROOT,
-    Priced,
-    Ranked,
-    as_python,
-    fit,
-    load,
-    priced_pairs,
-    ratio,
-    repeated,
-    score,
-)
+from tools.cost_table import NAMES, Ranked, as_python, load, score
+from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, repeated
 
 FACTS, RESULTS = load(ROOT / "tools" / "results")
 PASTED = [result for result in RESULTS if result.threads == 1]
@@ -60,10 +49,10 @@ def test_the_table_is_that_of_the_constants() -> None:
 
 
 def test_most_pairs_are_ranked_as_the_clock_does() -> None:
-    for result in RESULTS:
+    for result in PASTED:
         good, decided = (int(number) for number in score(result, "committed").split(" of "))
         assert decided > 40
-        assert good / decided > 0.9, (result.runtime, result.threads)
+        assert good / decided > 0.9, result.runtime
 
 
 def test_a_worse_machine_ranks_worse() -> None:
