@@ -50,6 +50,14 @@ def main() -> None:
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Convert the model first."
 )
+@click.option(
+    "--objective", type=click.Choice(["latency", "macs", "parameters"]), default="latency", show_default=True,
+    help="What the fused model should have least of.",
+)  # fmt: skip
+@click.option(
+    "--machine", type=click.Choice(["eager-cpu", "onnxruntime-cpu", "cuda"]),
+    help="Whose prices count. Default: cuda for a model on CUDA, else eager-cpu.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output and nothing else.")
 @click.option("--no-onnx", is_flag=True, help="Write no ONNX file.")
 @click.option("--no-archive", is_flag=True, help="Write no torch.export archive.")

@@ -24,8 +24,9 @@ from reparam.graph.build import built, float64_twin, forget_float64
 from reparam.graph.count import count_operations
 from reparam.graph.normal import normalise, restore_in_place
 from reparam.inputs import ExampleInputs
-from reparam.passes import PIPELINE, Pass
+from reparam.passes import Pass, pipeline
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.cost import cost_model
 from reparam.report import OperationCounts, Report
 
 Progress = Callable[[str], None]
@@ -50,7 +51,9 @@ def fuse(
     *,
     verify: bool | str = "standard",
     seed: int = 0,
-    passes: Sequence[Pass] = PIPELINE,
+    objective: str = "latency",
+    machine: str | None = None,
+    passes: Sequence[Pass] | None = None,
     progress: Progress | None = None,
 ) -> FuseResult:
     """Turns a model into its inference form: the fewest layers that compute the same function.
@@ -65,25 +68,30 @@ def fuse(
         verify: how thoroughly the result is checked against the original: "quick", "standard" (default), "thorough",
             or "off". True is "standard", False is "off".
         seed: of the inputs that verification draws.
-        passes: the passes to run, in order.
+        objective: what the fused model should have least of, where several forms compute the same: "latency",
+            "macs" (multiply-adds) or "parameters". No form is chosen that is priced slower than the original.
+        machine: whose prices count: "eager-cpu", "onnxruntime-cpu" or "cuda"; None is "cuda" for a model on CUDA, else
+            "eager-cpu".
+        passes: the passes to run, in order, in place of the usual ones; they bring their own prices.
         progress: called with a few words when a stage starts.
 
     Returns:
         The fused module and the report.
 
     Raises:
-        InputError: the model or the inputs cannot be used.
+        InputError: the model, the inputs or an option cannot be used.
         CaptureError: the model's graph cannot be captured.
         NotEquivalentError: the fused model does not agree with the original; no module is returned.
     """
     level = _level(verify)
+    prices = cost_model(objective, _machine_of(model) if machine is None else machine)
     stages = _Stages(progress)
     with stages("capturing the graph"), _garbage_collection_paused():
         captured = capture(model, example_inputs)
     with stages("fusing"), _garbage_collection_paused(), torch.no_grad():
         normalise(captured.graph, captured.root)
         before = OperationCounts(**count_operations(captured.graph, captured.root))
-        rewrites, refusals = _run(captured, passes)
+        rewrites, refusals = _run(captured, pipeline(prices) if passes is None else passes)
         after = OperationCounts(**count_operations(captured.graph, captured.root))
         restore_in_place(captured.graph, captured.root)
         module = built(captured.root, captured.graph, model)
@@ -123,6 +131,10 @@ def _run(captured: Captured, passes: Sequence[Pass]) -> tuple[list[Rewrite], lis
         rewrites += made
         refusals += left
     return rewrites, refusals
+
+
+def _machine_of(model: nn.Module) -> str:
+    return "cuda" if any(parameter.is_cuda for parameter in model.parameters()) else "eager-cpu"
 
 
 def _level(requested: bool | str) -> str:

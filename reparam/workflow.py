@@ -42,6 +42,7 @@ class Request:
         out: where to write: a folder (which exists, or whose path ends in a separator), or a path to which `.onnx` and
             `.pt2` are added; None is beside the model, as `NAME.fused.onnx` and `NAME.fused.pt2`.
         dtype: convert the model to this dtype first; None keeps its own.
+        objective, machine: what to have least of, and on which machine; as for `reparam.fuse`.
         onnx, archive: which files to write.
         bench: whether to measure latency; `bench_seconds` long.
         seed: of the drawn inputs, of verification and of the order of measurements.
@@ -56,6 +57,8 @@ class Request:
     inputs: tuple[str, ...] = ()
     out: str | None = None
     dtype: str | None = None
+    objective: str = "latency"
+    machine: str | None = None
     onnx: bool = True
     archive: bool = True
     bench: bool = True
@@ -83,7 +86,14 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     targets = output_paths(request)
     with stages("loading the model"):
         model, inputs, specs = _load(request)
-    result = fuse(model, inputs, seed=request.seed, progress=progress)
+    result = fuse(
+        model,
+        inputs,
+        seed=request.seed,
+        objective=request.objective,
+        machine=request.machine,
+        progress=progress,
+    )
     report = replace(
         result.report,
         model=f"{type(model).__name__} from {request.path}",

@@ -101,6 +101,11 @@ class Either:
 Lift: TypeAlias = "One | Either"
 
 
+def is_view(lift: One) -> bool:
+    """Whether it only looks at its operand in another way, and moves no bytes."""
+    return isinstance(lift, Sliced) or (isinstance(lift, Carried) and lift.free)
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an operation, its arguments by name, whatever the spelling.

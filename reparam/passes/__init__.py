@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.collapse import Collapse
+from reparam.passes.cost import CostModel
 from reparam.passes.inference_form import InferenceForm
 
 
@@ -20,7 +21,12 @@ class Pass(Protocol):
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]: ...
 
 
-PIPELINE: tuple[Pass, ...] = (
-    InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
-    Collapse(),
-)
+def pipeline(cost: CostModel) -> tuple[Pass, ...]:
+    """The passes in order, choosing by `cost`."""
+    return (
+        InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
+        Collapse(cost=cost),
+    )
+
+
+PIPELINE = pipeline(CostModel())

@@ -17,12 +17,14 @@ class Cost:
         bytes: bytes read and written, weights included.
         launches: operations launched.
         seconds: the cost model's price of the three; an estimate that only serves to rank alternatives.
+        parameters: numbers in the weights and scales of these operations, biases apart.
     """
 
     macs: int = 0
     bytes: int = 0
     launches: int = 0
     seconds: float = 0.0
+    parameters: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -30,6 +32,7 @@ class Cost:
             self.bytes + other.bytes,
             self.launches + other.launches,
             self.seconds + other.seconds,
+            self.parameters + other.parameters,
         )
 
     def __sub__(self, other: Cost) -> Cost:
@@ -38,6 +41,7 @@ class Cost:
             self.bytes - other.bytes,
             self.launches - other.launches,
             self.seconds - other.seconds,
+            self.parameters - other.parameters,
         )
 
 

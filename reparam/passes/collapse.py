@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from reparam.algebra import Inexact
 from reparam.graph.constants import Constants
-from reparam.graph.lift import LiftTable
+from reparam.graph.lift import Carried, Lifted, LiftTable
 from reparam.graph.lifted import LiftedGraph
 from reparam.graph.nodes import described, info, module_of, pinned, place
 from reparam.graph.normal import eliminate_dead_code
@@ -105,7 +105,13 @@ def _identity(form: Form, cone: list[fx.Node]) -> str:
 def _going(region: Region, search: Search) -> set[fx.Node]:
     """Every node that the rewrites replace."""
     staying = {node for node in search.real if len(search.cone(node)) == 1}
-    return set(region.affine) - staying
+    # A step of a chain is called again, for another input.
+    steps = {
+        node
+        for node, affine in region.affine.items()
+        if isinstance(affine.lift, Carried) or (isinstance(affine.lift, Lifted) and affine.lift.carried is not None)
+    }
+    return set(region.affine) - staying - steps
 
 
 class _Names:

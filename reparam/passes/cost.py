@@ -1,70 +1,77 @@
-"""What operations cost: multiply-adds, bytes, launches, and the seconds that a simple machine model makes of them.
+"""What operations cost: multiply-adds, bytes, launches, weights, and the seconds that a machine makes of them.
 
-`seconds = launches * launch + max(macs / rate, bytes / bandwidth)`, the roofline of one operation after the other
-(Williams, Waterman and Patterson 2009, "Roofline"). The constants only rank alternatives; they promise no time.
+The constants are those of a `reparam.passes.machines.Machine`. The objective says which alternative is the best:
+
+    latency     the fewest seconds among those that compute at most a tenth more than the leanest
+    macs        the fewest multiply-adds, then the fewest seconds
+    parameters  the fewest weights, then the fewest seconds
+
+An alternative that takes more seconds than the original is never chosen, whatever the objective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch import fx, nn
 
 from reparam.algebra import AffineMap, Geometry
 from reparam.capture.captured import TensorInfo
+from reparam.errors import InputError
 from reparam.graph.nodes import info, module_of
 from reparam.passes.base import Cost
+from reparam.passes.machines import EAGER_CPU, MACHINES, Machine
+
+Objective = Literal["latency", "macs", "parameters"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+# A launch is dear on small examples only: what computes more than this is not chosen to save launches.
+MOST_MACS = 1.1
+# Seconds that differ by less than this share are the same.
+_SAME = 1e-6
+
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Constants of the machine model.
-
-    Attributes:
-        launch: seconds to launch one operation.
-        macs: multiply-adds per second of a dense convolution or matrix product.
-        bandwidth: bytes per second moved by an operation that computes little.
-    """
-
-    launch: float
-    macs: float
-    bandwidth: float
-
-
-# A launch is dear on small examples only: what computes more than this is not chosen to save launches.
-MOST_MACS = 1.1
-
-EAGER_CPU = Machine(launch=5e-6, macs=5e10, bandwidth=1e10)
-
-
 class CostModel:
-    """Prices graph nodes and affine maps for the example inputs' sizes on one machine."""
+    """Prices graph nodes and affine maps for the example inputs' sizes on one machine, and compares the prices."""
 
-    def __init__(self, machine: Machine = EAGER_CPU) -> None:
+    def __init__(self, machine: Machine = EAGER_CPU, objective: Objective = "latency") -> None:
         self.machine = machine
+        self.objective = objective
 
-    def priced(self, macs: int, moved: int, launches: int) -> Cost:
-        """A cost with its seconds."""
-        machine = self.machine
-        seconds = launches * machine.launch + max(macs / machine.macs, moved / machine.bandwidth)
-        return Cost(macs, moved, launches, seconds)
+    def key(self, cost: Cost) -> tuple[float, ...]:
+        """Ranks costs under the objective: the smaller, the better. Seconds are rounded, so that equal ones tie."""
+        seconds = float(round(cost.seconds * 1e10))
+        if self.objective == "macs":
+            return (cost.macs, seconds)
+        if self.objective == "parameters":
+            return (cost.parameters, seconds)
+        return (seconds,)
+
+    def is_lean(self, cost: Cost, leanest: Cost) -> bool:
+        """Whether latency may choose this cost although the leanest alternative computes less."""
+        return self.objective != "latency" or cost.macs <= max(leanest.macs, 1) * MOST_MACS
+
+    def no_slower(self, cost: Cost, original: Cost) -> bool:
+        """Whether the seconds are at most those of the original."""
+        return cost.seconds <= original.seconds * (1 + _SAME)
+
+    def priced(self, macs: int, moved: int, launches: int, parameters: int = 0) -> Cost:
+        """Operations that are no layers with weights: they scale, add, pool, pad or copy."""
+        return Cost(macs, moved, launches, self.machine.elementwise(macs, moved, launches), parameters)
 
     def of_map(self, geometry: Geometry, source: TensorInfo, axis: int) -> Cost:
         """Running a map on `source`, whose channels lie in `axis`, as one layer."""
-        size = source.dtype.itemsize
         out = output_numel(geometry, source, axis)
         if geometry.is_diagonal:
-            return self.priced(out, size * 2 * out, 1)
+            return self.priced(0, source.dtype.itemsize * 2 * out, 1, geometry.out_channels)
         weights = prod(geometry.weight_shape)
-        macs = out * prod(geometry.weight_shape[1:]) // prod(geometry.upsampling)
-        padded_apart = any(low != high for low, high in geometry.padding) and not geometry.is_transposed
-        layer = self.priced(macs, size * (source.numel + out + weights), 1)
-        return layer + self.priced(0, 2 * size * source.numel, 1) if padded_apart else layer
+        moved = source.dtype.itemsize * (source.numel + out + weights)
+        return self._layer(geometry, out, moved, weights) + self._padding(geometry, source)
 
     def of_sum(self, numel: int, itemsize: int) -> Cost:
         """Adding one tensor to another."""
@@ -83,17 +90,12 @@ class CostModel:
         return self.priced(0, 0, 1)
 
     def best(self, options: Sequence[T], cost: Callable[[T], Cost]) -> T:
-        """The first of the cheapest options, among those that compute little more than the one that computes least."""
-        fewest = min(cost(option).macs for option in options)
-        lean = [option for option in options if cost(option).macs <= fewest * MOST_MACS]
-        return min(lean, key=lambda option: self.key(cost(option)))
-
-    def key(self, cost: Cost) -> tuple[float, ...]:
-        """What ranks costs; the least is the best."""
-        return (cost.seconds, cost.macs)
+        """The first of the best options under the objective."""
+        leanest = min((cost(option) for option in options), key=lambda one: one.macs)
+        return min((one for one in options if self.is_lean(cost(one), leanest)), key=lambda one: self.key(cost(one)))
 
     def of_node(self, node: fx.Node, root: nn.Module, maps: tuple[AffineMap, ...] = (), axis: int = 1) -> Cost:
-        """Running a node as it stands; `maps` are its maps if it is affine, which tells its multiply-adds."""
+        """Running a node as it stands; `maps` are its maps if it is affine, which tells what it computes."""
         out = info(node)
         if out is None or node.op in ("placeholder", "output", "get_attr"):
             return Cost()
@@ -101,13 +103,48 @@ class CostModel:
         moved = sum(t.numel * t.dtype.itemsize for t in (*sources, out))
         module = module_of(node, root)
         if module is not None:
-            weights = (p for p in module._parameters.values() if p is not None and p.ndim > 1)
-            moved += sum(p.numel() * p.element_size() for p in weights)
-        macs = 0
-        for made in maps:
-            if not made.geometry.is_diagonal:
-                macs += out.numel * prod(made.geometry.weight_shape[1:]) // prod(made.geometry.upsampling)
-        return self.priced(macs, moved, 1)
+            matrices = (p for p in module._parameters.values() if p is not None and p.ndim > 1)
+            moved += sum(p.numel() * p.element_size() for p in matrices)
+        weights = sum(prod(made.geometry.weight_shape) for made in maps if made.has_weights)
+        mixing = [made for made in maps if not made.geometry.is_diagonal]
+        if not mixing:
+            return self.priced(0, moved, 1, weights)
+        made = mixing[0]
+        if not made.has_weights:
+            return self.priced(out.numel * prod(made.geometry.weight_shape[1:]), moved, 1)
+        return self._layer(made.geometry, out.numel, moved, weights) + self._padding(made.geometry, (*sources, out)[0])
+
+    def _layer(self, geometry: Geometry, out: int, moved: int, weights: int) -> Cost:
+        machine, groups = self.machine, geometry.groups
+        macs = out * prod(geometry.weight_shape[1:]) // prod(geometry.upsampling)
+        if groups == 1:
+            seconds = machine.dense(macs, moved)
+        elif groups == geometry.in_channels == geometry.out_channels:
+            seconds = machine.separable(macs, moved)
+        else:
+            widths = geometry.in_channels // groups, geometry.out_channels // groups
+            seconds = machine.in_groups(macs, moved, widths)
+        return Cost(macs, moved, 1, seconds, weights)
+
+    def _padding(self, geometry: Geometry, source: TensorInfo) -> Cost:
+        """What padding costs that the layer cannot do itself."""
+        one_sided = any(low != high for low, high in geometry.padding) and not geometry.is_transposed
+        if not (self.machine.pads_apart and one_sided):
+            return Cost()
+        return self.priced(0, 2 * source.dtype.itemsize * source.numel, 1)
+
+
+def cost_model(objective: str, machine: str) -> CostModel:
+    """The cost model of a user's words.
+
+    Raises:
+        InputError: one of them is not known.
+    """
+    if objective not in OBJECTIVES:
+        raise InputError(f"objective {objective!r} is not known; choose among {', '.join(OBJECTIVES)}")
+    if machine not in MACHINES:
+        raise InputError(f"machine {machine!r} is not known; choose among {', '.join(MACHINES)}")
+    return CostModel(MACHINES[machine], objective)
 
 
 def output_numel(geometry: Geometry, source: TensorInfo, axis: int) -> int:

@@ -8,15 +8,16 @@ all of them if that is cheaper. On a tie the form nearer to the original wins.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from reparam.algebra import AffineMap, Inexact
-from reparam.graph.lift import Carried, Lifted, Sliced
+from reparam.graph.lift import Lifted, is_view
 from reparam.graph.nodes import info
 from reparam.passes.base import Cost
-from reparam.passes.cost import MOST_MACS, CostModel
+from reparam.passes.cost import CostModel
 from reparam.passes.form import Form, Merge, Term
 from reparam.passes.placing import Placement, placement, priced, repeated_steps
 from reparam.passes.region import Blocked, Region
@@ -66,8 +67,7 @@ class Search:
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether a node only looks at its operand in another way."""
-        lift = self._region.affine[node].lift
-        return isinstance(lift, Sliced) or (isinstance(lift, Carried) and lift.free)
+        return is_view(self._region.affine[node].lift)
 
     def price(self, node: fx.Node, form: Form) -> Cost:
         """Cost of computing a node from its form."""
@@ -123,8 +123,10 @@ class Search:
         before = area & set().union(*solutions.values())
         outside = set().union(*solutions.values()) - area
         old, new = self._total(before, outside), self._total(added, outside)
-        margin = 1 + 1e-6 if self.is_view(node) else 1 - 1e-6  # without a view on a tie: it hides what is behind it
-        if new.seconds >= old.seconds * margin or new.macs > old.macs * MOST_MACS:
+        model = self._cost
+        better = model.key(new) < model.key(old)
+        tie = self.is_view(node) and model.key(new) == model.key(old)  # a view hides what is before and behind it
+        if not ((better or tie) and model.is_lean(new, old) and model.no_slower(new, old)):
             return
         del solutions[node]
         solutions.update(found)
@@ -173,10 +175,10 @@ class Search:
         blocked = form if isinstance(form, Blocked) else self._unwritable(node, form, cone)
         if blocked is not None:
             self.blocked[(blocked.node, blocked.user)] = blocked.why
-            return self._best([as_it_is, self._cut(node, real, {blocked.node}, depth)])
+            return _best([as_it_is, self._cut(node, real, {blocked.node}, depth)], self._cost, self.is_view)
         assert isinstance(form, Form)
         collapsed = Solution(self.price(node, form), frozenset({node}))
-        if len(form.terms) == 1 and self._no_dearer_than_one(collapsed.cost, cone):
+        if len(form.terms) == 1 and self._no_dearer_than_one(collapsed.cost, cone, form):
             return collapsed
         options = [as_it_is]
         if len(form.terms) > 1:
@@ -185,25 +187,26 @@ class Search:
                 options.append(self._cut(node, real, operands, depth))
         if depth < _DEEPEST_CUT:
             options += [self._cut(node, real, {cut}, depth + 1) for cut in self._places_to_cut(node, cone)]
-        return self._best([*options, collapsed])
+        return _best([*options, collapsed], self._cost, self.is_view)
 
-    def _best(self, options: list[Solution]) -> Solution:
-        """The fastest that does not compute much more than the one that computes least; on a tie the one nearer to the
-        original, and with fewer views, which hide from each other what is before and behind them.
+    def _no_dearer_than_one(self, cost: Cost, cone: list[fx.Node], form: Form) -> bool:
+        """Whether the whole cone costs no more than its largest operation does alone, so that nothing can beat it.
+
+        A cut where the tensor is narrower than both ends could, as in a low-rank pair.
         """
+        ends = form.terms[0].map.geometry
+        if any(self._channels(node) < min(ends.in_channels, ends.out_channels) for node in cone):
+            return False
+        model, alone = self._cost, [self.native(node) for node in cone]
+        slowest, largest = max(alone, key=lambda one: one.seconds), max(alone, key=lambda one: one.macs)
+        if not (model.no_slower(cost, slowest) and model.is_lean(cost, largest)):
+            return False
+        return model.key(cost) <= max(map(model.key, alone))
 
-        def rank(option: Solution) -> tuple[float, ...]:
-            views = sum(map(self.is_view, option.real))
-            return (round(option.cost.seconds * 1e10), views - len(option.real), views)
-
-        fewest = min(option.cost.macs for option in options)
-        return min((option for option in options if option.cost.macs <= fewest * MOST_MACS), key=rank)
-
-    def _no_dearer_than_one(self, cost: Cost, cone: list[fx.Node]) -> bool:
-        """Whether the whole cone costs no more than its largest operation does alone, so that nothing can beat it."""
-        seconds = max(self.native(node).seconds for node in cone)
-        macs = max(self.native(node).macs for node in cone)
-        return cost.seconds <= seconds * (1 + 1e-6) and cost.macs <= max(macs, 1) * MOST_MACS
+    def _channels(self, node: fx.Node) -> int:
+        tensor = info(node)
+        assert tensor is not None
+        return tensor.shape[self._region.affine[node].axis]
 
     def _cut(self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], cuts: set[fx.Node], depth: int) -> Solution:
         """The cone of `node` with `cuts` real: what is above them, and each of them in turn."""
@@ -265,6 +268,23 @@ class Search:
         return [other for _, _, other in sorted(places)[:_MOST_CUTS]]
 
 
+def _best(
+    options: list[Solution], model: CostModel, is_view: Callable[[fx.Node], bool] = lambda node: False
+) -> Solution:
+    """The best under the objective of those that are no slower than the first, the original.
+
+    On a tie the one nearer to the original, and with fewer views, which hide what is before and behind them.
+    """
+
+    def rank(option: Solution) -> tuple[float, ...]:
+        views = sum(map(is_view, option.real))
+        return (*model.key(option.cost), views - len(option.real), views)
+
+    kept = [option for option in options if model.no_slower(option.cost, options[0].cost)]
+    leanest = min((option.cost for option in kept), key=lambda cost: cost.macs)
+    return min((option for option in kept if model.is_lean(option.cost, leanest)), key=rank)
+
+
 def _only_scales(maps: tuple[AffineMap, ...]) -> bool:
     return all(map_.geometry.is_diagonal for map_ in maps)
 
@@ -282,7 +302,7 @@ def merging_pays(model: CostModel) -> Merge:
             if isinstance(found, Inexact):
                 return True
             total += found.cost
-        if stacked and one.cost.macs > total.macs * MOST_MACS:
+        if stacked and not model.is_lean(one.cost, total):
             return False
         return model.key(one.cost) <= model.key(total + model.of_sum(one.like.numel, one.like.dtype.itemsize))
 

@@ -1,0 +1,92 @@
+"""The measurement's arithmetic, and that the committed constants are the measured ones; nothing looks at a clock."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from reparam.passes.machines import EAGER_CPU, MACHINES, Machine
+from tools.cost_probes import pairs, probes
+from tools.cost_table import NAMES, Ranked, as_python, load, score
+from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, repeated
+
+FACTS, RESULTS = load(ROOT / "tools" / "results")
+PASTED = [result for result in RESULTS if result.threads == 1]
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[Priced]:
+    return [Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()]
+
+
+TRUE = [EAGER_CPU, Machine(1e-6, 0.0, 0.0, 4e10, 1e10, 2e10, 3e10, block=4, pads_apart=False)]
+
+
+@pytest.mark.parametrize("machine", TRUE, ids=["eager", "no layer price"])
+def test_the_fit_finds_the_constants_that_made_the_times(machine: Machine, layers: list[Priced]) -> None:
+    found = fit(layers, [layer.seconds(machine) for layer in layers], machine.pads_apart)
+    for name, value in asdict(machine).items():
+        assert getattr(found, name) == pytest.approx(value, rel=0.03, abs=1e-9), name
+
+
+def test_the_constants_are_those_that_were_measured() -> None:
+    """Who edits a constant by hand, or measures again and forgets to paste, is told."""
+    assert {result.runtime for result in PASTED} == {"eager", "onnxruntime"}
+    for result in PASTED:
+        assert MACHINES[NAMES[result.runtime]] == result.machine, f"paste:\n{as_python(result)}"
+
+
+def test_the_table_is_that_of_the_constants() -> None:
+    sides = priced_pairs(pairs())
+    for result in RESULTS:
+        machine = MACHINES[NAMES[result.runtime]]
+        for one in result.ranked:
+            again = ratio(sides[one.pair], machine)
+            assert one.committed == pytest.approx(again, rel=1e-9), "run tools/measure_costs.py --reprice"
+
+
+def test_most_pairs_are_ranked_as_the_clock_does() -> None:
+    for result in PASTED:
+        good, decided = (int(number) for number in score(result, "committed").split(" of "))
+        assert decided > 40
+        assert good / decided > 0.9, result.runtime
+
+
+def test_a_worse_machine_ranks_worse() -> None:
+    """The score can fall: on a machine where only launches cost, the pairs that trade work for launches are wrong."""
+    sides = priced_pairs(pairs())
+    launches = Machine(1.0, 0.0, 0.0, 1e30, 1e30, 1e30, 1e30)
+    for result in PASTED:
+        worse = replace(
+            result, ranked=tuple(replace(one, committed=ratio(sides[one.pair], launches)) for one in result.ranked)
+        )
+        good, decided = (int(number) for number in score(worse, "committed").split(" of "))
+        assert good / decided < 0.8
+
+
+def ranked(**values: Any) -> Ranked:
+    plain = {"pair": "a | b", "first": 2.0, "second": 1.0, "ratio": 2.0, "low": 1.9, "high": 2.1}
+    return Ranked(**{**plain, "fitted": 1.5, "committed": 1.5, **values})
+
+
+@pytest.mark.parametrize(
+    ("one", "decided", "agrees"),
+    [
+        (ranked(), True, True),
+        (ranked(committed=0.9), True, False),
+        (ranked(committed=1.0), True, False),
+        (ranked(ratio=0.5, low=0.4, high=0.6, committed=0.9), True, True),
+        (ranked(low=0.99), False, True),
+        (ranked(ratio=1.02, low=1.01, high=1.03), False, True),
+    ],
+)
+def test_what_counts_as_agreeing(one: Ranked, decided: bool, agrees: bool) -> None:
+    assert (one.decided, one.agrees(one.committed)) == (decided, agrees)
+
+
+def test_the_file_says_where_it_was_measured() -> None:
+    assert FACTS["hardware"]
+    assert json.dumps(FACTS).count("/home") == 0
