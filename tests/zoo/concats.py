@@ -218,7 +218,7 @@ CASES = [
     ),
     BlockCase("dense_layers", partial(DenseLayers, 4, 3, 3), shape(2, 4), {"conv": 6, "bn": 3}),
     *(
-        BlockCase(f"norm_behind_concat{r}d_{last}", partial(behind, r, last), shape(r, 4, 6), expected, "3")
+        BlockCase(f"norm_behind_concat{r}d_{last}", partial(behind, r, last), shape(r, 4, 6), expected)
         for r, last, expected in (
             (2, "pointwise", {"conv": 3, "bn": 0, "add": 0}),
             (2, "unpadded", {"conv": 3, "bn": 0, "add": 0}),
@@ -234,10 +234,9 @@ CASES = [
         partial(behind, 2, "pointwise", "conv"),
         shape(2, 4),
         {"conv": 3, "bn": 0, "add": 0},
-        "3",
     ),
     BlockCase(
-        "norm_behind_concat_with_input", partial(behind, 2, "unpadded", "input"), shape(2, 4), {"conv": 2, "bn": 0}, "3"
+        "norm_behind_concat_with_input", partial(behind, 2, "unpadded", "input"), shape(2, 4), {"conv": 2, "bn": 0}
     ),
     *(
         BlockCase(f"joined{r}d_k{k}_n{n}_norm_{norm}", partial(joined, r, k, n, norm), shape(r, 4, 6), _ONE, "3")
