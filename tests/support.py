@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -98,6 +98,11 @@ def idle_layers(module: nn.Module) -> list[str]:
     ]
 
 
+def counts_of(counts: Counter[str], kinds: Iterable[str]) -> dict[str, int]:
+    """The counts of `kinds`; a kind "conv+linear" is the sum of its parts."""
+    return {kind: sum(counts[part] for part in kind.split("+")) for kind in kinds}
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -105,6 +110,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = _function_kind(func)
+        if kind is None and func.overloadpacket is torch.ops.aten.bmm and any(arg.stride(0) == 0 for arg in args):
+            kind = "linear"  # one weight for the whole batch: a linear layer on a permuted tensor, without bias
         if kind is not None:
             self.counts[kind] += 1
         return func(*args, **(kwargs or {}))

@@ -15,13 +15,15 @@ from reparam.errors import ReparamError
 from tests.support import EXACT, assert_unchanged, executed_counts, relative_error, snapshot, static_counts
 from tests.zoo.arithmetic import ARITHMETIC
 from tests.zoo.case import bn, conv, conv_bn
+from tests.zoo.channel_traps import CHANNELS
+from tests.zoo.layout_traps import LAYOUTS
 from tests.zoo.peers import PEERS
 from tests.zoo.trap import Lambda, Trap, output_of
 from tests.zoo.traps import TRAPS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
 
-ALL = [*PEERS, *TRAPS, *ARITHMETIC]
+ALL = [*PEERS, *TRAPS, *ARITHMETIC, *CHANNELS, *LAYOUTS]
 
 
 def by_name(trap: Trap) -> str:
@@ -83,7 +85,9 @@ def test_folded_or_refused_with_a_reason(trap: Trap) -> None:
 
 
 @pytest.mark.parametrize(
-    "trap", [t for t in ALL if t.name.startswith(("same", "reflect", "branches", "swapped"))], ids=by_name
+    "trap",
+    [t for t in ALL if t.flexible or t.name.startswith(("same", "reflect", "branches", "swapped"))],
+    ids=by_name,
 )
 def test_other_image_sizes(trap: Trap) -> None:
     model, result = fuse(trap, verify=False)

@@ -76,7 +76,8 @@ class Scope:
 Op = Callable[[Scope], "Statement | None"]
 
 
-def _divisor(rng: Random, *numbers: int) -> int:
+def divisor(rng: Random, *numbers: int) -> int:
+    """A random common divisor."""
     return rng.choice([g for g in range(1, min(numbers) + 1) if all(n % g == 0 for n in numbers)])
 
 
@@ -86,13 +87,13 @@ def _call(scope: Scope, kind: str, name: str, make: Callable[[], str], suffix: s
 
 
 def conv(scope: Scope) -> Statement | None:
-    found = scope.value(3, 4)
+    found = scope.value(3, 4, 5)
     if found is None:
         return None
     name, x = found
     rng, rank, c_in = scope.rng, x.ndim - 2, x.shape[1]
     c_out = rng.choice([c_in, c_in, 1, 2, 3, 4, 6, 8])
-    groups = rng.choice([1, 1, _divisor(rng, c_in, c_out)])
+    groups = rng.choice([1, 1, divisor(rng, c_in, c_out)])
     k = rng.choice([1, 1, 2, 3, 3, 3, 5])
     dilation = rng.choice([1, 1, 1, 2])
     stride = rng.choice([1, 1, 1, 1, 2])
@@ -116,14 +117,14 @@ def conv(scope: Scope) -> Statement | None:
 
 def parallel(scope: Scope) -> Statement | None:
     """A branch beside an existing tensor of the same shape: the sum is likely to merge."""
-    found = scope.value(3, 4)
+    found = scope.value(3, 4, 5)
     if found is None:
         return None
     name, x = found
     rng, rank, c = scope.rng, x.ndim - 2, x.shape[1]
-    groups, k = _divisor(rng, c), rng.choice([1, 3, 5])
+    groups, k = divisor(rng, c), rng.choice([1, 3, 5])
     layer = scope.layer(f"conv{rank}d_", f"nn.Conv{rank}d({c}, {c}, {k}, padding={k // 2}, groups={groups})")
-    small = scope.layer(f"conv{rank}d_", f"nn.Conv{rank}d({c}, {c}, 1, groups={_divisor(rng, c)}, bias=False)")
+    small = scope.layer(f"conv{rank}d_", f"nn.Conv{rank}d({c}, {c}, 1, groups={divisor(rng, c)}, bias=False)")
     norm = scope.layer(f"norm{rank}d_", f"nn.BatchNorm{rank}d({c})")
     body = rng.choice(
         [
@@ -139,13 +140,13 @@ def parallel(scope: Scope) -> Statement | None:
 
 
 def conv_transpose(scope: Scope) -> Statement | None:
-    found = scope.value(3, 4)
+    found = scope.value(3, 4, 5)
     if found is None:
         return None
     name, x = found
     rng, rank, c_in = scope.rng, x.ndim - 2, x.shape[1]
     c_out = rng.choice([c_in, 2, 4, 6])
-    groups, k, stride = _divisor(rng, c_in, c_out), rng.choice([1, 2, 3, 4]), rng.choice([1, 1, 2])
+    groups, k, stride = divisor(rng, c_in, c_out), rng.choice([1, 2, 3, 4]), rng.choice([1, 1, 2])
     padding, extra, dilation = rng.choice([0, 0, 1]), rng.choice([0, stride - 1]), rng.choice([1, 1, 2])
     if rng.random() < 0.3:
         weight = scope.layer("w", f"nn.Parameter(torch.randn({c_in}, {c_out // groups}{f', {k}' * rank}) / {k})")
@@ -157,7 +158,7 @@ def conv_transpose(scope: Scope) -> Statement | None:
 
 
 def norm(scope: Scope) -> Statement | None:
-    found = scope.value(2, 3, 4)
+    found = scope.value(2, 3, 4, 5)
     if found is None:
         return None
     name, x = found
@@ -247,7 +248,7 @@ def broadcast_add(scope: Scope) -> Statement | None:
 
 def channels(scope: Scope) -> Statement | None:
     """Concatenation, splitting, slicing and shuffling of channels."""
-    found = scope.value(2, 3, 4)
+    found = scope.value(2, 3, 4, 5)
     if found is None:
         return None
     name, x = found
@@ -272,7 +273,7 @@ def channels(scope: Scope) -> Statement | None:
 
 def window(scope: Scope) -> Statement | None:
     """Pooling, padding and cropping."""
-    found = scope.value(3, 4)
+    found = scope.value(3, 4, 5)
     if found is None:
         return None
     name, x = found
@@ -295,7 +296,7 @@ def window(scope: Scope) -> Statement | None:
 
 def move(scope: Scope) -> Statement | None:
     """Axes moved, joined or averaged away."""
-    found = scope.value(3, 4)
+    found = scope.value(3, 4, 5)
     if found is None:
         return None
     name, x = found

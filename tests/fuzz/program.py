@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.fuzz.ops import OPS, Scope, Statement
+from tests.fuzz.layout_ops import LAYOUT_OPS
+from tests.fuzz.ops import OPS, Op, Scope, Statement
 from tests.zoo.case import randomise
 
-SHAPES = ((2, 4, 7, 8), (2, 6, 9, 7), (2, 4, 11), (2, 6, 9), (3, 6), (2, 5, 6))
+VOCABULARY: list[tuple[int, Op]] = [*OPS, *LAYOUT_OPS]
+SHAPES = ((2, 4, 7, 8), (2, 6, 9, 7), (2, 4, 11), (2, 6, 9), (2, 3, 5, 4, 6), (3, 6), (2, 5, 6))
 LARGEST = 1e4
 MOST_VALUES = 30_000
 
@@ -124,9 +126,9 @@ def draw(seed: int, length: int = 12) -> Program:
             if len(statements) == length:
                 break
             scope = Scope(rng, values, layers)
-            op = rng.choices([op for _, op in OPS], [weight for weight, _ in OPS])[0]
+            op = rng.choices([op for _, op in VOCABULARY], [weight for weight, _ in VOCABULARY])[0]
             statement = op(scope)
-            if statement is not None and not statement.template.startswith("{t}"):
+            if statement is not None and "{t}" not in statement.template:
                 _try(statement, scope, holder, statements)
             elif statement is not None:
                 _try(replace(statement, target=f"v{len(statements)}"), scope, holder, statements)

@@ -8,11 +8,13 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.fuzz import program as program_module
 from tests.fuzz.program import draw
 from tests.support import executed_counts
 from tools import fuzz_graphs
@@ -28,6 +30,7 @@ def test_two_hundred_random_models_are_exact() -> None:
     assert outcomes["exact"] >= 0.9 * COUNT, outcomes
 
 
+@pytest.mark.filterwarnings("ignore:dropout2d")
 def test_the_models_are_worth_fusing() -> None:
     """The fuzzer says little if its models hold nothing to fold: layers go in many of them, and some stay."""
     before, after, changed = Counter[str](), Counter[str](), 0
@@ -39,6 +42,51 @@ def test_the_models_are_worth_fusing() -> None:
     assert min(before[kind] for kind in ("conv", "bn", "linear", "add", "mul")) > 20
     assert after["conv"] < before["conv"]
     assert 0 < after["bn"] < before["bn"]
+
+
+IDIOMS = (
+    "torch.cat",
+    ".chunk(",
+    ".split(",
+    "[:, :",
+    "channel_shuffle",
+    "index_select",
+    ".flip(1)",
+    "unflatten(1",
+    ".permute(",
+    ".transpose(1, 2)",
+    ".flatten(1)",
+    ".mean((2, 3))",
+    "adaptive_avg_pool2d",
+    "max_pool",
+    "nn.Linear",
+    "nn.BatchNorm1d",
+    "nn.Conv3d",
+    "nn.ConvTranspose2d",
+)
+
+
+def test_the_models_mix_every_idiom() -> None:
+    programs = [draw(seed) for seed in range(COUNT)]
+    for idiom in IDIOMS:
+        assert sum(idiom in program.source() for program in programs) >= 4, idiom
+    assert sum(len(program.outputs) > 1 for program in programs) > COUNT / 2
+    assert sum(len(program.statements) for program in programs) > 6 * COUNT
+
+
+def test_most_drawn_statements_are_legal(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, kept = 0, 0
+    keep = program_module._try
+
+    def counted(*args: Any) -> None:
+        nonlocal tried
+        tried += 1
+        keep(*args)
+
+    monkeypatch.setattr(program_module, "_try", counted)
+    for seed in range(60):
+        kept += len(draw(seed).statements)
+    assert kept > 0.9 * tried
 
 
 def test_models_are_reproducible() -> None:

@@ -24,6 +24,7 @@ class BlockCase:
         build: makes the model; random numbers are seeded, statistics randomised and the dtype set by `make`.
         input_shape: of the only input, batch first.
         expected: operations that remain, by kind (see `tests.support.static_counts`); kinds not named are not asserted.
+            "conv+linear" is the sum of two kinds, where either may be left.
         since: the issue whose work collapses the block to `expected`. Exactness is asserted whatever it says.
         flexible: other image sizes than `input_shape` are legal for the original.
         may_refuse: the block may also be refused as a whole with a `ReparamError` (its `forward` cannot be captured).

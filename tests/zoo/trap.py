@@ -25,6 +25,7 @@ class Trap:
         mentions: some refusal must contain one of these words, case-insensitively; empty if no refusal is due.
         may_refuse: the whole model may also be refused with a `ReparamError`.
         batches: other batch sizes to try.
+        flexible: other image sizes than the example's are legal, and tried; the only input has four channels.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Trap:
     mentions: tuple[str, ...] = ()
     may_refuse: bool = False
     batches: tuple[int, ...] = (1, 5)
+    flexible: bool = False
 
     def make(self, seed: int = 0) -> nn.Module:
         """The model in float64 and eval mode; the global random state is left as it was."""
