@@ -45,6 +45,7 @@ def normalise(graph: fx.Graph, root: nn.Module) -> None:
     for node, target in mutations:
         assert storages is not None
         _make_plain(node, target, root, order, storages, shared=calls[str(node.target)] > 1)
+    _pin_other_writes(graph, root)
     _drop_certain_checks(graph)
 
 
@@ -58,6 +59,18 @@ def restore_in_place(graph: fx.Graph, root: nn.Module) -> None:
             root.get_submodule(str(node.target)).inplace = True  # type: ignore[assignment]
         else:
             node.target, node.kwargs = original[0], {**node.kwargs, **original[1]}
+
+
+def _pin_other_writes(graph: fx.Graph, root: nn.Module) -> None:
+    """Pins what is written to by operations whose names do not say so (`torch._foreach_add_([x, y], 1)`)."""
+    others = [node for node in graph.nodes if node.meta.get("writes") and mutated(node, root) is None]
+    storages = _Storages(graph) if others else None
+    for node in others:
+        assert storages is not None
+        for target in node.meta["writes"]:
+            if node.meta.get("in_place") is None:
+                for name in (node, *storages.names(target)):
+                    name.meta["pinned"] = "its storage is written to under another name"
 
 
 def mutated(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -275,11 +288,15 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+# What the capture puts into the graph to stop it where it does not hold.
+_CHECKS = ("require_value", "require_length", "require_keys", "require_rank")
+
+
 def _has_effect(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
     if node.meta.get("pinned") and node.op != "get_attr":
         return True
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in ("require_value", "require_length"):
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in _CHECKS:
         return True
     return node.op == "call_function" and bool(node.is_impure())
