@@ -8,10 +8,12 @@ and `answers_alike` runs the model itself, to see whether the second call answer
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from reparam.capture.copying import copied
@@ -32,7 +34,7 @@ class Memory:
         self._modules = dict(root.named_modules())
         self._before = {name: _attributes(module) for name, module in self._modules.items()}
         self._tensors = {
-            (name, key): (value, _version(value))
+            (name, key): (value, version(value))
             for name, attributes in self._before.items()
             for key, value in attributes.items()
             if isinstance(value, torch.Tensor)
@@ -43,6 +45,25 @@ class Memory:
         """The attributes of the root itself."""
         return set(self._before[""])
 
+    def changed_in(self, name: str) -> str | None:
+        """The first attribute of the module `name` that was assigned since."""
+        before, now = self._before[name], self._modules[name].__dict__
+        for key, value in before.items():
+            part = next((now[part] for part in _STRUCTURE if key in now[part]), now)
+            if not _same(value, part.get(key, self)):
+                return key
+        return None
+
+    def replaced(self, names: Iterable[str]) -> list[str]:
+        """Which of these tensors (by full name) are others now."""
+        found = []
+        for full in names:
+            name, _, key = full.rpartition(".")
+            before = self._before.get(name, {}).get(key, self)
+            if before is not self and _attributes(self._modules[name]).get(key) is not before:
+                found.append(full)
+        return found
+
     def changed(self, root: nn.Module, written: set[int]) -> list[str]:
         """Full names of what differs now; `written` are the addresses of storages that the graph itself writes to."""
         names = []
@@ -51,8 +72,8 @@ class Memory:
             for key in sorted({*now, *self._before[name]}):
                 if not _same(self._before[name].get(key, self), now.get(key, self)):
                     names.append(f"{name}.{key}".lstrip("."))
-        for (name, key), (tensor, version) in self._tensors.items():
-            if _version(tensor) != version and tensor.untyped_storage().data_ptr() not in written:
+        for (name, key), (tensor, then) in self._tensors.items():
+            if version(tensor) != then and tensor.untyped_storage().data_ptr() not in written:
                 names.append(f"{name}.{key}".lstrip("."))
         return list(dict.fromkeys(names))
 
@@ -119,8 +140,9 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor was written to, as far as it counts that."""
+    return -1 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def _kept(leaf: Any) -> Any:

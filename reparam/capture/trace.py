@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from reparam.capture.captured import Captured
 from reparam.capture.checks import require_value
@@ -48,6 +49,9 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
             f"{type(model).__name__} has forward hooks on the model itself, which the fused model would lose; "
             "remove them, or wrap the model in another module"
         )
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
     inputs = Inputs.of(example_inputs)
     try:
         traced = _traced(model, inputs, compute=False)
@@ -119,7 +123,11 @@ def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> _Traced:
         warnings.simplefilter("ignore")
         graph = tracer.trace(root)
     # What fx itself has put there: tensors that the forward made without the input.
-    constants = {str(node.target) for node in graph.nodes if node.op == "get_attr"} & set(vars(root)) - memory.names
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    replaced = memory.replaced(sorted(read))
+    if replaced:
+        raise UnfitError(f"the forward assigns {replaced[0]} and then uses it; a graph cannot hold that")
+    constants = read & set(vars(root)) - memory.names
     kept = {name: vars(root).pop(name) for name in constants}
     changed = memory.changed(root, tracer.written)
     memory.restore()

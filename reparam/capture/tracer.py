@@ -23,11 +23,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from reparam.capture.captured import TensorInfo
 from reparam.capture.checks import require_keys, require_length, require_rank, require_value
 from reparam.capture.shapes import stand_in
+from reparam.capture.state import Memory, version
 
 View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"
 
@@ -35,6 +37,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FACTS = ("ndim", "dtype", "device")
 _RANK_CALLS = ("dim", "ndimension", "is_floating_point", "is_complex")
+# What a proxy may be assigned.
+_OWN = ("node", "tracer", "reparam_value", "reparam_constant", "root", "attr", "_node", "_read", "__dict__")
 _OF_DICT = ("get", "keys", "values", "items")
 # The same view as what they are given, whatever its size, strides or dtype.
 _SAME_VIEW = (
@@ -99,6 +103,8 @@ class ValueTracer(fx.Tracer):
         self._stored: dict[int, fx.Node] = {}
         self._rank_checked: set[fx.Node] = set()
         self._autocast = _autocast()
+        self._memory = Memory(root)
+        self._parameters = {_storage(parameter): name for name, parameter in root.named_parameters()}
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Traces, leaving the global random state as it was.
@@ -133,6 +139,8 @@ class ValueTracer(fx.Tracer):
     ) -> fx.Proxy:
         if kind not in ("placeholder", "output") and _autocast() != self._autocast:
             raise UnfitError("a graph cannot hold torch.autocast inside of forward")
+        if kind == "call_module":
+            self._check_module(target, args)
         proxy: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
         node: fx.Node = proxy.node
         node.meta["module_path"] = self.scope.module_path
@@ -155,9 +163,10 @@ class ValueTracer(fx.Tracer):
                 used[other] = _attribute(self.root, str(other.target))
                 self._note_stored(other, used[other])
         before = {_view(t): other for other, value in used.items() for t in _tensors(value)}
-        versions = [(other, t, _version(t)) for other, value in used.items() for t in _tensors(value)]
+        self._check_parameters(target, plain_args, plain_kwargs)
+        versions = [(other, t, version(t)) for other, value in used.items() for t in _tensors(value)]
         value = self._execute(kind, target, plain_args, plain_kwargs)
-        self._note_writes(node, [(other, t) for other, t, version in versions if _version(t) != version])
+        self._note_writes(node, [(other, t) for other, t, before_it in versions if version(t) != before_it])
         proxy.reparam_value = value
         proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))
         if isinstance(value, torch.Tensor):
@@ -266,6 +275,33 @@ class ValueTracer(fx.Tracer):
             torch.set_rng_state(random_state)
             self._executing = False
 
+    def _check_module(self, target: str, args: tuple[Any, ...]) -> None:
+        """A call of a module in the graph stands for the module as it is when the model is not running.
+
+        Raises:
+            UnfitError: the forward has changed the module before it calls it.
+        """
+        changed = self._memory.changed_in(target)
+        if changed:
+            raise UnfitError(f"the forward changes {target}.{changed} and then calls {target}; give it its own module")
+        if isinstance(self.root.get_submodule(target), nn.BatchNorm1d) and args and isinstance(args[0], fx.Proxy):
+            self.check_rank(args[0])  # [N, C] and [N, C, L] are both allowed, and mean different things
+
+    def _check_parameters(self, target: Any, args: Any, kwargs: Any) -> None:
+        """Stops the trace before an operation writes to a parameter, which is the caller's own.
+
+        Raises:
+            UnfitError: the operation does that.
+        """
+        if not _names_a_write(target, kwargs):
+            return
+        for tensor in _tensors((args[:1], kwargs.get("input"), kwargs.get("out"))):
+            name = self._parameters.get(_storage(tensor))
+            if name is not None:
+                raise UnfitError(
+                    f"the forward writes to the parameter {name}; do that once before, and leave it out of the forward"
+                )
+
     def _note_writes(self, node: fx.Node, written: list[tuple[fx.Node, torch.Tensor]]) -> None:
         """Notes which of its inputs a node wrote to.
 
@@ -334,6 +370,11 @@ class ValueProxy(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         return _attribute_of(self, k)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:
+            raise UnfitError(f"a graph cannot hold the assignment of {name!r} to a tensor; write out of place")
+        object.__setattr__(self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
         value = self.reparam_value
@@ -408,6 +449,8 @@ class ValueAttribute(fx.proxy.Attribute):
 
     def __getattr__(self, k: str) -> Any:
         return _attribute_of(self, k)
+
+    __setattr__ = ValueProxy.__setattr__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.attr in _RANK_CALLS and not args and not kwargs and _is_tensor(self.root):
@@ -505,8 +548,14 @@ def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _names_a_write(target: Any, kwargs: Mapping[str, Any]) -> bool:
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow")
+        or kwargs.get("inplace") is True
+        or kwargs.get("out") is not None
+    )
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -522,7 +571,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _view(tensor: torch.Tensor) -> View:
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
         return (id(tensor), 0, (), ())
     return (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
