@@ -25,34 +25,36 @@ _ALLOWED = 1024.0
 _PLAIN = (bool, int, float, str, bytes)
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
+_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class Memory:
-    """The attributes of every module in `root`, as they are now."""
+    """What every module in `root` holds: attributes (containers one level deep), parameters, buffers, submodules."""
 
     def __init__(self, root: nn.Module) -> None:
         self._modules = dict(root.named_modules())
-        self._before = {name: _attributes(module) for name, module in self._modules.items()}
-        self._tensors = {
-            (name, key): (value, version(value))
-            for name, attributes in self._before.items()
-            for key, value in attributes.items()
-            if isinstance(value, torch.Tensor)
-        }
+        self._before = {name: _held(module) for name, module in self._modules.items()}
+        self._contents: dict[str, dict[str, Any]] = {}
+        self._versions: list[tuple[str, torch.Tensor, int]] = []
+        for name, held in self._before.items():
+            for key, value in held.items():
+                if isinstance(value, torch.Tensor):
+                    self._versions.append((_full(name, key), value, version(value)))
+                elif type(value) in _CONTAINERS:
+                    self._contents.setdefault(name, {})[key] = value.copy()
 
     @property
     def names(self) -> set[str]:
         """The attributes of the root itself."""
         return set(self._before[""])
 
-    def changed_in(self, name: str) -> str | None:
-        """The first attribute of the module `name` that was assigned since."""
-        before, now = self._before[name], self._modules[name].__dict__
-        for key, value in before.items():
-            part = next((now[part] for part in _STRUCTURE if key in now[part]), now)
-            if not _same(value, part.get(key, self)):
-                return key
-        return None
+    def changed_in(self, name: str) -> list[str]:
+        """The attributes of the module `name` that are others now."""
+        before, now, contents = self._before[name], _held(self._modules[name]), self._contents.get(name, {})
+        keys = [key for key, value in now.items() if before.get(key, self) is not value]
+        keys = [key for key in keys if not _same(before.get(key, self), now[key])]
+        keys += [key for key in before if key not in now]
+        return keys + [key for key, value in contents.items() if key not in keys and not _same(value, now[key])]
 
     def replaced(self, names: Iterable[str]) -> list[str]:
         """Which of these tensors (by full name) are others now."""
@@ -60,38 +62,29 @@ class Memory:
         for full in names:
             name, _, key = full.rpartition(".")
             before = self._before.get(name, {}).get(key, self)
-            if before is not self and _attributes(self._modules[name]).get(key) is not before:
+            if before is not self and _held(self._modules[name]).get(key) is not before:
                 found.append(full)
         return found
 
-    def changed(self, root: nn.Module, written: set[int]) -> list[str]:
+    def changed(self, written: set[int]) -> list[str]:
         """Full names of what differs now; `written` are the addresses of storages that the graph itself writes to."""
-        names = []
-        for name, module in self._modules.items():
-            now = _attributes(module)
-            for key in sorted({*now, *self._before[name]}):
-                if not _same(self._before[name].get(key, self), now.get(key, self)):
-                    names.append(f"{name}.{key}".lstrip("."))
-        for (name, key), (tensor, then) in self._tensors.items():
+        names = [_full(name, key) for name in self._modules for key in self.changed_in(name)]
+        for full, tensor, then in self._versions:
             if version(tensor) != then and tensor.untyped_storage().data_ptr() not in written:
-                names.append(f"{name}.{key}".lstrip("."))
+                names.append(full)
         return list(dict.fromkeys(names))
 
     def restore(self) -> None:
         """Puts the attributes back; the contents of tensors are not put back."""
         for name, module in self._modules.items():
-            state, before = module.__dict__, self._before[name]
-            for key in [key for key in state if key not in before and key not in _STRUCTURE]:
-                del state[key]
-            for part in _STRUCTURE:
-                for key in [key for key in state[part] if key not in before]:
-                    del state[part][key]
-            for key, value in before.items():
-                place = next((state[part] for part in _STRUCTURE if key in state[part]), state)
-                if type(value) in _CONTAINERS and type(place.get(key)) is type(value):
-                    _refill(place[key], value)
-                else:
-                    place[key] = value
+            for key in self.changed_in(name):
+                place = _place(module, key)
+                if key not in self._before[name]:
+                    del place[key]
+                    continue
+                place[key] = value = self._before[name][key]
+                if key in self._contents.get(name, {}):
+                    _refill(value, self._contents[name][key])
 
 
 def answers_alike(model: nn.Module, inputs: Inputs) -> bool:
@@ -108,12 +101,23 @@ def answers_alike(model: nn.Module, inputs: Inputs) -> bool:
     return True
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Everything a module holds under a name; containers as copies of one level."""
-    held = {key: value for key, value in module.__dict__.items() if key not in _STRUCTURE}
-    for part in _STRUCTURE:
-        held.update(module.__dict__[part])
-    return {key: value.copy() if type(value) in _CONTAINERS else value for key, value in held.items()}
+def _full(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """Everything a module holds under a name; its own bookkeeping (hooks) left out."""
+    state = module.__dict__
+    held = {key: value for key, value in state.items() if key not in _BOOKKEEPING}
+    held.update(state["_parameters"])
+    held.update(state["_buffers"])
+    held.update(state["_modules"])
+    return held
+
+
+def _place(module: nn.Module, key: str) -> dict[str, Any]:
+    state = module.__dict__
+    return next((state[part] for part in _STRUCTURE if key in state[part]), state)
 
 
 def _same(a: Any, b: Any) -> bool:

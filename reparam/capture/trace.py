@@ -25,7 +25,7 @@ from reparam.capture.captured import Captured
 from reparam.capture.checks import require_value
 from reparam.capture.copying import copied
 from reparam.capture.state import Memory, answers_alike
-from reparam.capture.tracer import ExecutionError, UnfitError, ValueTracer
+from reparam.capture.tracer import ExecutionError, UnfitError, ValueTracer, storage_of
 from reparam.errors import CaptureError, InputError
 from reparam.inputs import ExampleInputs, Inputs
 
@@ -60,7 +60,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
         traced = _traced_or_explained(model, inputs)
     except Exception as error:
         raise _capture_error(model, error) from error
-    _restore_buffers(traced.root, model)
+    _restore_buffers(traced, model)
     notes: tuple[str, ...] = (
         ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
     )
@@ -70,12 +70,19 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
 
 @dataclass(frozen=True)
 class _Traced:
-    """A graph, and what tracing it left behind: names on the model, and buffers whose values the trace depended on."""
+    """A graph, and what tracing it left behind.
+
+    Attributes:
+        changed: what the forward changed on the model in Python.
+        frozen: buffers that the graph writes to and whose values the trace depended on.
+        written: addresses of the storages that the graph writes to.
+    """
 
     root: nn.Module
     graph: fx.Graph
     changed: tuple[str, ...]
     frozen: tuple[str, ...]
+    written: frozenset[int]
 
 
 def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str, ...]:
@@ -118,7 +125,7 @@ def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> _Traced:
     root = private_copy(model)
     memory = Memory(root)
     arguments = _bound(model, inputs.clone())
-    tracer = ValueTracer(root, arguments, _fixed(model, arguments), compute)
+    tracer = ValueTracer(root, arguments, _fixed(model, arguments), memory, compute)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         graph = tracer.trace(root)
@@ -129,11 +136,11 @@ def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> _Traced:
         raise UnfitError(f"the forward assigns {replaced[0]} and then uses it; a graph cannot hold that")
     constants = read & set(vars(root)) - memory.names
     kept = {name: vars(root).pop(name) for name in constants}
-    changed = memory.changed(root, tracer.written)
+    changed = memory.changed(tracer.written)
     memory.restore()
     vars(root).update(kept)
     frozen = [name for name in sorted(tracer.read) if tracer.is_written(name)]
-    return _Traced(root, graph, tuple(changed), tuple(frozen))
+    return _Traced(root, graph, tuple(changed), tuple(frozen), frozenset(tracer.written))
 
 
 def _capture_error(model: nn.Module, error: Exception) -> Exception:
@@ -180,11 +187,12 @@ def _fixed(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if isinstance(value, plain)}
 
 
-def _restore_buffers(root: nn.Module, model: nn.Module) -> None:
+def _restore_buffers(traced: _Traced, model: nn.Module) -> None:
     """Undoes what running the graph may have written into buffers (counters, caches)."""
     theirs = dict(model.named_buffers())
-    for name, buffer in root.named_buffers():
-        if buffer._version and name in theirs and buffer.shape == theirs[name].shape:
+    for name, buffer in traced.root.named_buffers():
+        touched = buffer._version or storage_of(buffer) in traced.written
+        if touched and name in theirs and buffer.shape == theirs[name].shape:
             with torch.no_grad():
                 buffer.copy_(theirs[name])
 

@@ -51,6 +51,8 @@ _SAME_VIEW = (
     "requires_grad_",
 )
 _SAME_VIEW_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
+# Functions that write statistics without counting it as a new version of the tensor.
+_WRITES_UNCOUNTED = ("batch_norm", "instance_norm", "native_batch_norm")
 # A view on some inputs and a copy on others.
 _PERHAPS_VIEW = ("reshape", "reshape_as", "flatten", "ravel", "contiguous")
 
@@ -75,6 +77,7 @@ class ValueTracer(fx.Tracer):
         root: the module to trace.
         arguments: the example's arguments, by parameter name of `forward`.
         fixed: parameters of `forward` to fix to a value.
+        memory: what the root holds before the trace.
         compute: whether to compute what `stand_in` knows the shape of.
 
     Attributes:
@@ -85,7 +88,12 @@ class ValueTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, root: nn.Module, arguments: Mapping[str, Any], fixed: Mapping[str, Any], compute: bool = True
+        self,
+        root: nn.Module,
+        arguments: Mapping[str, Any],
+        fixed: Mapping[str, Any],
+        memory: Memory,
+        compute: bool = True,
     ) -> None:
         super().__init__()
         self._compute = compute
@@ -103,8 +111,8 @@ class ValueTracer(fx.Tracer):
         self._stored: dict[int, fx.Node] = {}
         self._rank_checked: set[fx.Node] = set()
         self._autocast = _autocast()
-        self._memory = Memory(root)
-        self._parameters = {_storage(parameter): name for name, parameter in root.named_parameters()}
+        self._memory = memory
+        self._parameters = {storage_of(parameter): name for name, parameter in root.named_parameters()}
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Traces, leaving the global random state as it was.
@@ -164,9 +172,10 @@ class ValueTracer(fx.Tracer):
                 self._note_stored(other, used[other])
         before = {_view(t): other for other, value in used.items() for t in _tensors(value)}
         self._check_parameters(target, plain_args, plain_kwargs)
-        versions = [(other, t, version(t)) for other, value in used.items() for t in _tensors(value)]
+        seen = _fingerprint if getattr(target, "__name__", "") in _WRITES_UNCOUNTED else version
+        versions = [(other, t, seen(t)) for other, value in used.items() for t in _tensors(value)]
         value = self._execute(kind, target, plain_args, plain_kwargs)
-        self._note_writes(node, [(other, t) for other, t, before_it in versions if version(t) != before_it])
+        self._note_writes(node, [(other, t) for other, t, before_it in versions if seen(t) != before_it])
         proxy.reparam_value = value
         proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))
         if isinstance(value, torch.Tensor):
@@ -183,7 +192,7 @@ class ValueTracer(fx.Tracer):
     def is_written(self, name: str) -> bool:
         """Whether a node writes to the storage of this parameter or buffer."""
         value = self._values.get(name)
-        return isinstance(value, torch.Tensor) and _storage(value) in self.written
+        return isinstance(value, torch.Tensor) and storage_of(value) in self.written
 
     def check_rank(self, proxy: Any) -> None:
         """Adds a check wherever the rank of `proxy` may be another one on another input: arguments, and squeezes."""
@@ -283,7 +292,9 @@ class ValueTracer(fx.Tracer):
         """
         changed = self._memory.changed_in(target)
         if changed:
-            raise UnfitError(f"the forward changes {target}.{changed} and then calls {target}; give it its own module")
+            raise UnfitError(
+                f"the forward changes {target}.{changed[0]} and then calls {target}; give it its own module"
+            )
         if isinstance(self.root.get_submodule(target), nn.BatchNorm1d) and args and isinstance(args[0], fx.Proxy):
             self.check_rank(args[0])  # [N, C] and [N, C, L] are both allowed, and mean different things
 
@@ -296,7 +307,7 @@ class ValueTracer(fx.Tracer):
         if not _names_a_write(target, kwargs):
             return
         for tensor in _tensors((args[:1], kwargs.get("input"), kwargs.get("out"))):
-            name = self._parameters.get(_storage(tensor))
+            name = self._parameters.get(storage_of(tensor))
             if name is not None:
                 raise UnfitError(
                     f"the forward writes to the parameter {name}; do that once before, and leave it out of the forward"
@@ -310,7 +321,7 @@ class ValueTracer(fx.Tracer):
                 and not in every call.
         """
         for other, tensor in written:
-            self.written.add(_storage(tensor))
+            self.written.add(storage_of(tensor))
             if other.op == "get_attr" and other.target not in self._values:
                 raise UnfitError(
                     "a tensor that does not depend on the input is written to in place; make it from the input "
@@ -322,7 +333,7 @@ class ValueTracer(fx.Tracer):
     def _note_stored(self, node: fx.Node, value: Any) -> None:
         """Two reads of tensors of the model that share a storage are aliases, though neither is made from the other."""
         for tensor in _tensors(value):
-            first = self._stored.setdefault(_storage(tensor), node)
+            first = self._stored.setdefault(storage_of(tensor), node)
             if first is not node:
                 node.meta["aliases"] = (first,)
 
@@ -548,6 +559,11 @@ def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
+def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
+    values = tensor.detach().double()
+    return float(values.sum()), float(values.square().sum())
+
+
 def _names_a_write(target: Any, kwargs: Mapping[str, Any]) -> bool:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return (
@@ -558,7 +574,8 @@ def _names_a_write(target: Any, kwargs: Mapping[str, Any]) -> bool:
     )
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
+    """The address of the storage; something else of its own for a tensor that has none."""
     return _view(tensor)[0]
 
 

@@ -171,6 +171,11 @@ def statistics_in_place(s, x):
     return s.a(x)
 
 
+def statistics_through_a_function(s, x):
+    norm = s.b.norm
+    return F.batch_norm(s.a.conv(x), norm.running_mean, norm.running_var, training=True) * s.b(x)
+
+
 EXACT: list[tuple[Forward, tuple[Any, ...]]] = [
     (crop, IMAGES),
     (swap_axes, IMAGES),
@@ -189,6 +194,7 @@ EXACT: list[tuple[Forward, tuple[Any, ...]]] = [
     (stashed, IMAGES),
     (state_in_place, IMAGES),
     (statistics_in_place, IMAGES),
+    (statistics_through_a_function, IMAGES),
 ]
 
 
