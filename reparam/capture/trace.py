@@ -3,6 +3,9 @@
 The model is copied first, because tracing may leave things behind on it; the copy shares the parameters (they are
 never written to) and has its own buffers. Arguments that hold no tensor, and those that the example leaves at such a
 default, are fixed: `forward(x, embed=False)` is captured for `embed=False` and says so when called otherwise.
+
+What the forward leaves on the model is undone on the copy. If the next call would answer otherwise because of it, the
+model is refused; if not, a note names it.
 """
 
 from __future__ import annotations
@@ -11,14 +14,18 @@ import inspect
 import os
 import traceback
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from reparam.capture.captured import Captured
+from reparam.capture.checks import require_value
 from reparam.capture.copying import copied
-from reparam.capture.tracer import ExecutionError, ValueTracer, require_value
+from reparam.capture.state import Memory, answers_alike
+from reparam.capture.tracer import ExecutionError, UnfitError, ValueTracer, storage_of
 from reparam.errors import CaptureError, InputError
 from reparam.inputs import ExampleInputs, Inputs
 
@@ -42,20 +49,66 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
             f"{type(model).__name__} has forward hooks on the model itself, which the fused model would lose; "
             "remove them, or wrap the model in another module"
         )
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
     inputs = Inputs.of(example_inputs)
     try:
-        root, graph = _traced(model, inputs, compute=False)
+        traced = _traced(model, inputs, compute=False)
     except ExecutionError:
         # A shape may depend on values (a selection by score): then every layer has to run.
-        root, graph = _traced_or_explained(model, inputs)
+        traced = _traced_or_explained(model, inputs)
     except Exception as error:
         raise _capture_error(model, error) from error
-    _restore_buffers(root, model)
-    notes = ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
-    return Captured(root, graph, inputs, "symbolic", type(model).__name__, notes)
+    _restore_buffers(traced, model)
+    notes: tuple[str, ...] = (
+        ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
+    )
+    notes += _state_notes(model, inputs, traced)
+    return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
 
-def _traced_or_explained(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, fx.Graph]:
+@dataclass(frozen=True)
+class _Traced:
+    """A graph, and what tracing it left behind.
+
+    Attributes:
+        changed: what the forward changed on the model in Python.
+        frozen: buffers that the graph writes to and whose values the trace depended on.
+        written: addresses of the storages that the graph writes to.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    changed: tuple[str, ...]
+    frozen: tuple[str, ...]
+    written: frozenset[int]
+
+
+def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str, ...]:
+    """What the user should know of the state that the forward changes.
+
+    Raises:
+        CaptureError: the answer depends on that state.
+    """
+    if traced.frozen:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced: its forward writes to {traced.frozen[0]} and takes a Python "
+            "number or a decision from its value, which a graph would repeat"
+        )
+    if not traced.changed:
+        return ()
+    names = ", ".join(traced.changed[:4]) + (", ..." if len(traced.changed) > 4 else "")
+    if not answers_alike(model, inputs):
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced: its forward changes {names} on the model and then answers the "
+            "same input otherwise, which a graph cannot hold; make it a function of its input, or a buffer that is "
+            "written to in place"
+        )
+    return (f"the forward changes {names} on the model; the fused model leaves it as it was",)
+
+
+def _traced_or_explained(model: nn.Module, inputs: Inputs) -> _Traced:
     try:
         return _traced(model, inputs, compute=True)
     except ExecutionError as error:
@@ -68,18 +121,33 @@ def _traced_or_explained(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, f
         raise _capture_error(model, error) from error
 
 
-def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> tuple[nn.Module, fx.Graph]:
+def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> _Traced:
     root = private_copy(model)
+    memory = Memory(root)
     arguments = _bound(model, inputs.clone())
-    tracer = ValueTracer(root, arguments, _fixed(model, arguments), compute)
+    tracer = ValueTracer(root, arguments, _fixed(model, arguments), memory, compute)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return root, tracer.trace(root)
+        graph = tracer.trace(root)
+    # What fx itself has put there: tensors that the forward made without the input.
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    replaced = memory.replaced(sorted(read))
+    if replaced:
+        raise UnfitError(f"the forward assigns {replaced[0]} and then uses it; a graph cannot hold that")
+    constants = read & set(vars(root)) - memory.names
+    kept = {name: vars(root).pop(name) for name in constants}
+    changed = memory.changed(tracer.written)
+    memory.restore()
+    vars(root).update(kept)
+    frozen = [name for name in sorted(tracer.read) if tracer.is_written(name)]
+    return _Traced(root, graph, tuple(changed), tuple(frozen), frozenset(tracer.written))
 
 
 def _capture_error(model: nn.Module, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
+    if isinstance(error, UnfitError):
+        return CaptureError(f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}")
     return CaptureError(
         f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}; "
         "rewrite that line without Python control flow on tensor values, or fuse the submodules that can be traced"
@@ -119,11 +187,12 @@ def _fixed(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if isinstance(value, plain)}
 
 
-def _restore_buffers(root: nn.Module, model: nn.Module) -> None:
+def _restore_buffers(traced: _Traced, model: nn.Module) -> None:
     """Undoes what running the graph may have written into buffers (counters, caches)."""
     theirs = dict(model.named_buffers())
-    for name, buffer in root.named_buffers():
-        if buffer._version and name in theirs and buffer.shape == theirs[name].shape:
+    for name, buffer in traced.root.named_buffers():
+        touched = buffer._version or storage_of(buffer) in traced.written
+        if touched and name in theirs and buffer.shape == theirs[name].shape:
             with torch.no_grad():
                 buffer.copy_(theirs[name])
 

@@ -2,8 +2,12 @@
 
 Every proxy carries the value that the example inputs give it. So one pass yields the graph and all shapes, activations
 live no longer than in an ordinary forward, and a few questions have an answer while tracing: the rank of a tensor, the
-length of a shape, and anything about parameters and buffers. Sizes and values of activations stay symbolic: control
-flow on them stops the trace, because it would be frozen to the example.
+length of a shape, its type, and anything about parameters and buffers. Sizes and values of activations stay symbolic:
+control flow on them stops the trace, because it would be frozen to the example.
+
+What is answered from the example and could be otherwise on another input is checked when the model runs: ranks, and the
+structure of arguments that are containers (`require_rank`, `require_keys`, `require_length`, `require_value`). What a
+graph cannot hold stops the trace: random numbers and tensors written to that depend on no input, another autocast.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import builtins
 import operator
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -18,10 +23,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from reparam.capture.captured import TensorInfo
+from reparam.capture.checks import require_keys, require_length, require_rank, require_value
 from reparam.capture.shapes import stand_in
+from reparam.capture.state import Memory, version
 
 View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"
 
@@ -29,6 +37,24 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FACTS = ("ndim", "dtype", "device")
 _RANK_CALLS = ("dim", "ndimension", "is_floating_point", "is_complex")
+# What a proxy may be assigned.
+_OWN = ("node", "tracer", "reparam_value", "reparam_constant", "root", "attr", "_node", "_read", "__dict__")
+_OF_DICT = ("get", "keys", "values", "items")
+# The same view as what they are given, whatever its size, strides or dtype.
+_SAME_VIEW = (
+    "dropout",
+    "alpha_dropout",
+    "feature_dropout",
+    "feature_alpha_dropout",
+    "detach",
+    "data",
+    "requires_grad_",
+)
+_SAME_VIEW_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
+# Functions that write statistics without counting it as a new version of the tensor.
+_WRITES_UNCOUNTED = ("batch_norm", "instance_norm", "native_batch_norm")
+# A view on some inputs and a copy on others.
+_PERHAPS_VIEW = ("reshape", "reshape_as", "flatten", "ravel", "contiguous")
 
 
 class ExecutionError(Exception):
@@ -40,26 +66,8 @@ class ExecutionError(Exception):
         self.error = error
 
 
-def require_value(actual: Any, expected: Any, name: str) -> None:
-    """Stands in a captured graph where an argument was fixed to the value of the example.
-
-    Raises:
-        ValueError: the argument is given another value than the one the graph was captured for.
-    """
-    if actual is not expected and actual != expected:
-        raise ValueError(f"this model was captured for {name}={expected!r} and cannot run with {name}={actual!r}")
-
-
-def require_length(actual: Any, expected: int) -> None:
-    """Stands in a captured graph where the elements of an argument were taken one by one.
-
-    Raises:
-        ValueError: the argument has another number of elements than the example had.
-    """
-    if len(actual) != expected:
-        raise ValueError(
-            f"this model was captured for {expected} elements in an argument and cannot take {len(actual)}"
-        )
+class UnfitError(Exception):
+    """The model does something that no graph can hold; the message says what, and what to do instead."""
 
 
 class ValueTracer(fx.Tracer):
@@ -69,13 +77,23 @@ class ValueTracer(fx.Tracer):
         root: the module to trace.
         arguments: the example's arguments, by parameter name of `forward`.
         fixed: parameters of `forward` to fix to a value.
+        memory: what the root holds before the trace.
         compute: whether to compute what `stand_in` knows the shape of.
+
+    Attributes:
+        written: storages (their addresses) that nodes of the graph write to.
+        read: names of the parameters and buffers whose values decided what was traced.
     """
 
     proxy_buffer_attributes = True
 
     def __init__(
-        self, root: nn.Module, arguments: Mapping[str, Any], fixed: Mapping[str, Any], compute: bool = True
+        self,
+        root: nn.Module,
+        arguments: Mapping[str, Any],
+        fixed: Mapping[str, Any],
+        memory: Memory,
+        compute: bool = True,
     ) -> None:
         super().__init__()
         self._compute = compute
@@ -88,6 +106,31 @@ class ValueTracer(fx.Tracer):
         for name, buffer in root.named_buffers():
             self._values.setdefault(name, buffer)
         self._names = {id(value): name for name, value in reversed(self._values.items())}
+        self.written: set[int] = set()
+        self.read: set[str] = set()
+        self._stored: dict[int, fx.Node] = {}
+        self._rank_checked: set[fx.Node] = set()
+        self._autocast = _autocast()
+        self._memory = memory
+        self._parameters = {storage_of(parameter): name for name, parameter in root.named_parameters()}
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Traces, leaving the global random state as it was.
+
+        Raises:
+            UnfitError: the forward draws random numbers that no input goes into, which a graph would repeat.
+        """
+        python = random.getstate()
+        start = torch.get_rng_state()
+        try:
+            graph = super().trace(root, concrete_args)
+            drawn = random.getstate() != python or not torch.equal(start, torch.get_rng_state())
+        finally:
+            random.setstate(python)
+            torch.set_rng_state(start)
+        if drawn:
+            raise UnfitError("the forward draws a random number, which the graph would repeat")
+        return graph
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ValueProxy(node, self)
@@ -102,6 +145,10 @@ class ValueTracer(fx.Tracer):
         type_expr: Any = None,
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> fx.Proxy:
+        if kind not in ("placeholder", "output") and _autocast() != self._autocast:
+            raise UnfitError("a graph cannot hold torch.autocast inside of forward")
+        if kind == "call_module":
+            self._check_module(target, args)
         proxy: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
         node: fx.Node = proxy.node
         node.meta["module_path"] = self.scope.module_path
@@ -119,22 +166,52 @@ class ValueTracer(fx.Tracer):
 
         plain_args = fx.node.map_aggregate(args, value_of)
         plain_kwargs = fx.node.map_aggregate(kwargs, value_of)
+        for other in node.all_input_nodes:
+            if other not in used:  # a tensor that is no proxy: an attribute, or made in the forward
+                used[other] = _attribute(self.root, str(other.target))
+                self._note_stored(other, used[other])
         before = {_view(t): other for other, value in used.items() for t in _tensors(value)}
+        self._check_parameters(target, plain_args, plain_kwargs)
+        seen = _fingerprint if getattr(target, "__name__", "") in _WRITES_UNCOUNTED else version
+        versions = [(other, t, seen(t)) for other, value in used.items() for t in _tensors(value)]
         value = self._execute(kind, target, plain_args, plain_kwargs)
+        self._note_writes(node, [(other, t) for other, t, before_it in versions if seen(t) != before_it])
         proxy.reparam_value = value
         proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))
         if isinstance(value, torch.Tensor):
             node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
         elif type(value) is int:
             node.meta["number"] = value
-        _note_aliases(node, value, before)
+        self._note_aliases(node, value, before)
         return proxy  # type: ignore[no-any-return]
+
+    def create_arg(self, a: Any) -> Any:
+        # Before any test by type: a proxy passes for an instance of its value's class.
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
+    def is_written(self, name: str) -> bool:
+        """Whether a node writes to the storage of this parameter or buffer."""
+        value = self._values.get(name)
+        return isinstance(value, torch.Tensor) and storage_of(value) in self.written
+
+    def check_rank(self, proxy: Any) -> None:
+        """Adds a check wherever the rank of `proxy` may be another one on another input: arguments, and squeezes."""
+        pending = [proxy.node]
+        while pending:
+            node = pending.pop()
+            if node in self._rank_checked:
+                continue
+            self._rank_checked.add(node)
+            pending += node.all_input_nodes
+            tensor = node.meta.get("tensor")
+            if tensor is not None and (_is_from_argument(node) or _squeezes(node)):
+                self.create_node("call_function", require_rank, (node, len(tensor.shape)), {})
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self._executing else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if self._executing or not isinstance(attr_val, torch.Tensor):
+        if self._executing or isinstance(attr_val, fx.Proxy) or not isinstance(attr_val, torch.Tensor):
             return attr_val
         name = self._names.get(id(attr_val))
         if name is None or not (isinstance(attr_val, nn.Parameter) or attr_val.dtype.is_floating_point):
@@ -144,20 +221,35 @@ class ValueTracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def to_bool(self, obj: Any) -> bool:
-        return bool(obj.reparam_value) if obj.reparam_constant else super().to_bool(obj)
+        return bool(self.value_read(obj)) if obj.reparam_constant else super().to_bool(obj)
+
+    def value_read(self, obj: Any) -> Any:
+        """The value of a constant proxy, noted as one that the trace depends on."""
+        pending, seen = [obj.node], set()
+        while pending:
+            node = pending.pop()
+            if node.op == "get_attr":
+                self.read.add(str(node.target))
+            seen.add(node)
+            pending += [other for other in node.all_input_nodes if other not in seen]
+        return obj.reparam_value
 
     def iter(self, obj: Any) -> Iterator[Any]:
         value = obj.reparam_value
+        if _is_argument(obj) and isinstance(value, dict):
+            return builtins.iter(self.keys(obj))
         if _is_argument(obj) and isinstance(value, (tuple, list)):
             self.create_proxy("call_function", require_length, (obj, len(value)), {})
             return builtins.iter([obj[index] for index in range(len(value))])
+        if isinstance(value, torch.Size):
+            self.check_rank(obj)
         if isinstance(value, torch.Size) or obj.reparam_constant:
             return builtins.iter([obj[index] for index in range(len(value))])
         return super().iter(obj)
 
     def keys(self, obj: Any) -> Any:
         if _is_argument(obj) and isinstance(obj.reparam_value, dict):
-            self.create_proxy("call_function", require_length, (obj, len(obj.reparam_value)), {})
+            self.create_proxy("call_function", require_keys, (obj, tuple(obj.reparam_value)), {})
             return list(obj.reparam_value)
         return super().keys(obj)
 
@@ -176,6 +268,7 @@ class ValueTracer(fx.Tracer):
         if kind == "output":
             return None
         self._executing = True
+        random_state = torch.get_rng_state()
         try:
             with torch.no_grad():
                 if kind == "call_function":
@@ -188,7 +281,85 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             raise ExecutionError(self.scope.module_path, error) from error
         finally:
+            torch.set_rng_state(random_state)
             self._executing = False
+
+    def _check_module(self, target: str, args: tuple[Any, ...]) -> None:
+        """A call of a module in the graph stands for the module as it is when the model is not running.
+
+        Raises:
+            UnfitError: the forward has changed the module before it calls it.
+        """
+        changed = self._memory.changed_in(target)
+        if changed:
+            raise UnfitError(
+                f"the forward changes {target}.{changed[0]} and then calls {target}; give it its own module"
+            )
+        if isinstance(self.root.get_submodule(target), nn.BatchNorm1d) and args and isinstance(args[0], fx.Proxy):
+            self.check_rank(args[0])  # [N, C] and [N, C, L] are both allowed, and mean different things
+
+    def _check_parameters(self, target: Any, args: Any, kwargs: Any) -> None:
+        """Stops the trace before an operation writes to a parameter, which is the caller's own.
+
+        Raises:
+            UnfitError: the operation does that.
+        """
+        if not _names_a_write(target, kwargs):
+            return
+        for tensor in _tensors((args[:1], kwargs.get("input"), kwargs.get("out"))):
+            name = self._parameters.get(storage_of(tensor))
+            if name is not None:
+                raise UnfitError(
+                    f"the forward writes to the parameter {name}; do that once before, and leave it out of the forward"
+                )
+
+    def _note_writes(self, node: fx.Node, written: list[tuple[fx.Node, torch.Tensor]]) -> None:
+        """Notes which of its inputs a node wrote to.
+
+        Raises:
+            UnfitError: a tensor that is no parameter, buffer or activation. It is made once, when the model is traced,
+                and not in every call.
+        """
+        for other, tensor in written:
+            self.written.add(storage_of(tensor))
+            if other.op == "get_attr" and other.target not in self._values:
+                raise UnfitError(
+                    "a tensor that does not depend on the input is written to in place; make it from the input "
+                    "(x.new_zeros), register it as a buffer, or write the sum out of place"
+                )
+        if written:
+            node.meta["writes"] = tuple(dict.fromkeys(other for other, _ in written))
+
+    def _note_stored(self, node: fx.Node, value: Any) -> None:
+        """Two reads of tensors of the model that share a storage are aliases, though neither is made from the other."""
+        for tensor in _tensors(value):
+            first = self._stored.setdefault(storage_of(tensor), node)
+            if first is not node:
+                node.meta["aliases"] = (first,)
+
+    def _note_aliases(self, node: fx.Node, value: Any, before: dict[View, fx.Node]) -> None:
+        """Storage is compared with that of the inputs only: elsewhere an equal address may be a re-used one."""
+        views = [_view(t) for t in _tensors(value)]
+        storages = {view[0] for view in views}
+        if node.op == "get_attr":
+            self._note_stored(node, value)
+            return
+        aliases = [other for view, other in before.items() if view[0] in storages]
+        if not aliases and self._is(node, _PERHAPS_VIEW, (nn.Flatten,)):
+            aliases = node.all_input_nodes[:1]
+        if aliases:
+            node.meta["aliases"] = tuple(dict.fromkeys(aliases))
+        if aliases and ("writes" in node.meta or self._is(node, _SAME_VIEW, _SAME_VIEW_MODULES)):
+            node.meta["same_view_as"] = tuple(other for view, other in before.items() if view in views)
+
+    def _is(self, node: fx.Node, names: tuple[str, ...], modules: tuple[type, ...]) -> bool:
+        """Whether a node is a call of one of these methods or functions (by name) or modules."""
+        if node.op == "call_module":
+            return isinstance(self.root.get_submodule(str(node.target)), modules)
+        if node.target is getattr:
+            return node.args[1] in names
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return name.rstrip("_123d") in names or name in names
 
 
 class ValueProxy(fx.Proxy):
@@ -199,18 +370,54 @@ class ValueProxy(fx.Proxy):
         reparam_constant: whether it depends on parameters and buffers only.
     """
 
+    tracer: Any
     reparam_value: Any = None
     reparam_constant: bool = False
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The class of the value: a model that asks `isinstance(x, torch.Tensor)` has to get its answer."""
+        return type(self.reparam_value)
+
     def __getattr__(self, k: str) -> Any:
         return _attribute_of(self, k)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:
+            raise UnfitError(f"a graph cannot hold the assignment of {name!r} to a tensor; write out of place")
+        object.__setattr__(self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self.reparam_value
+        if isinstance(value, (tuple, list, dict)) and type(key) in (int, str, bool):
+            try:
+                item = value[key]
+            except (IndexError, KeyError) as error:
+                if _is_argument(self):
+                    raise fx.proxy.TraceError(f"the example has no {key!r} in an argument") from error
+                raise
+            if item is None and not _is_argument(self):
+                return None
+            if item is None or type(item) in (bool, str):
+                proxy = self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+                self.tracer.create_proxy("call_function", require_value, (proxy, item, f"[{key!r}]"), {})
+                return item
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+
+    def __contains__(self, key: Any) -> bool:
+        if _is_argument(self) and isinstance(self.reparam_value, dict):
+            return key in self.tracer.keys(self)
+        return any(item is key or item == key for item in self)
 
     def __len__(self) -> int:
         if _is_argument(self) and isinstance(self.reparam_value, (tuple, list, dict)):
             length = len(self.reparam_value)
             self.tracer.create_proxy("call_function", require_length, (self, length), {})
             return length
-        if isinstance(self.reparam_value, torch.Size) or self.reparam_constant:
+        if isinstance(self.reparam_value, torch.Size):
+            self.tracer.check_rank(self)
+            return len(self.reparam_value)
+        if self.reparam_constant:
             return len(self.reparam_value)
         return int(super().__len__())
 
@@ -223,19 +430,29 @@ class ValueProxy(fx.Proxy):
     def _constant_value(self) -> Any:
         if not self.reparam_constant:
             raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
-        return self.reparam_value
+        return self.tracer.value_read(self)
 
 
 class ValueAttribute(fx.proxy.Attribute):
     """Attribute of a value proxy: a call of a method, or a read that becomes a node when it is used."""
 
+    tracer: Any
+
     def __init__(self, root: Any, attr: str) -> None:
         super().__init__(root, attr)
         self._read: Any = None
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The class of the value, as for `ValueProxy`."""
+        return type(self.reparam_value)
+
+    def _root_value(self) -> Any:
+        return self.root.reparam_value
+
     @property
     def reparam_value(self) -> Any:
-        return getattr(self.root.reparam_value, self.attr)
+        return getattr(self._root_value(), self.attr)
 
     @property
     def reparam_constant(self) -> bool:
@@ -244,14 +461,33 @@ class ValueAttribute(fx.proxy.Attribute):
     def __getattr__(self, k: str) -> Any:
         return _attribute_of(self, k)
 
+    __setattr__ = ValueProxy.__setattr__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.attr in _RANK_CALLS and not args and not kwargs and _is_tensor(self.root):
+            if self.attr in ("dim", "ndimension"):
+                self.tracer.check_rank(self.root)
             return getattr(self.root.reparam_value, self.attr)()
+        if self.attr in _OF_DICT and type(self._root_value()) is dict and _is_argument(self.root):
+            return self._of_dict(*args, **kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _of_dict(self, *args: Any) -> Any:
+        """`get`, `keys`, `values`, `items` of a dict argument, whose keys the example fixes."""
+        argument: Any = self.root
+        present = self.tracer.keys(argument)
+        if self.attr == "get":
+            return argument[args[0]] if args[0] in present else args[1] if len(args) > 1 else None
+        if self.attr == "keys":
+            return present
+        return [argument[key] if self.attr == "values" else (key, argument[key]) for key in present]
 
     def __len__(self) -> int:
         value: Any = self.reparam_value
-        return len(value) if type(value) is torch.Size else int(super().__len__())
+        if type(value) is torch.Size:
+            self.tracer.check_rank(self.root)
+            return len(value)
+        return int(super().__len__())
 
     def __eq__(self, other: object) -> Any:
         if self.attr in _FACTS and _is_tensor(self.root):
@@ -267,8 +503,21 @@ class ValueAttribute(fx.proxy.Attribute):
 
 
 def _is_argument(proxy: Any) -> bool:
-    """Whether it is an argument of the model (`*args` and lists among them), whose structure the example fixes."""
-    return not isinstance(proxy, fx.proxy.Attribute) and bool(proxy.node.op == "placeholder")
+    """Whether it is an argument of the model (`*args` and lists among them) or part of one that is a container."""
+    return not isinstance(proxy, fx.proxy.Attribute) and _is_from_argument(proxy.node)
+
+
+def _is_from_argument(node: fx.Node) -> bool:
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        if "tensor" in node.meta:
+            return False
+    return node.op == "placeholder"
+
+
+def _squeezes(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in ("squeeze", "squeeze_")
 
 
 def _is_tensor(proxy: Any) -> bool:
@@ -278,10 +527,11 @@ def _is_tensor(proxy: Any) -> bool:
 def _attribute_of(proxy: Any, name: str) -> Any:
     value = proxy.reparam_value
     if name == "ndim" and isinstance(value, torch.Tensor):
+        proxy.tracer.check_rank(proxy)
         return value.ndim
     if name.startswith("__") and name.endswith("__"):
         raise AttributeError(name)
-    return ValueAttribute(proxy, name)
+    return None if getattr(value, name) is None else ValueAttribute(proxy, name)
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -305,16 +555,28 @@ def _attribute(root: nn.Module, target: str) -> Any:
     return value
 
 
-def _note_aliases(node: fx.Node, value: Any, before: dict[View, fx.Node]) -> None:
-    """Storage is compared with that of the inputs only: elsewhere an equal address may be a re-used one."""
-    if not before:
-        return
-    views = [_view(t) for t in _tensors(value)]
-    storages = {view[0] for view in views}
-    aliases = [other for view, other in before.items() if view[0] in storages]
-    if aliases:
-        node.meta["aliases"] = tuple(dict.fromkeys(aliases))
-        node.meta["same_view_as"] = tuple(other for view, other in before.items() if view in views)
+def _autocast() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
+    values = tensor.detach().double()
+    return float(values.sum()), float(values.square().sum())
+
+
+def _names_a_write(target: Any, kwargs: Mapping[str, Any]) -> bool:
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow")
+        or kwargs.get("inplace") is True
+        or kwargs.get("out") is not None
+    )
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The address of the storage; something else of its own for a tensor that has none."""
+    return _view(tensor)[0]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -326,7 +588,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _view(tensor: torch.Tensor) -> View:
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
         return (id(tensor), 0, (), ())
     return (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 

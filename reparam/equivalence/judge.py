@@ -28,8 +28,9 @@ LUCK_DEVIATIONS = 3.0
 # terms that are summed; the original may have none of the three (it can be exact). Twice their sum of 3/2, rounded up.
 FLOOR_ULPS = 4.0
 # A runtime's kernels sum in another order than the original's: over k terms that alone moves a result by up to
-# sqrt(k)/2 ULP, of which the original's own noise on few outputs says little. 4 times the floor is k = 1024 terms.
-RUNTIME_FLOOR = 4.0
+# sqrt(k)/2 ULP, of which the original's own noise on few outputs says little. 12 more ULP is k = 576 terms; beyond that
+# kernels sum in blocks. They are ULP of what is summed in: float32, for half precision too.
+RUNTIME_ULPS = 12.0
 # Multiple of the original's noise up to which the rounding of the candidate's own weights is excused.
 MAX_WEIGHT_ROUNDING = 4.0
 FEW_ELEMENTS = 16
@@ -87,6 +88,12 @@ def with_weight_rounding(noise: Spread, rounding: Spread, truth: Spread, eps: fl
     """
     limit = MAX_WEIGHT_ROUNDING * max(noise.rms, eps * truth.rms)
     return noise.larger(rounding.scaled(min(1.0, limit / rounding.rms) if rounding.rms > 0.0 else 1.0))
+
+
+def numeric_floor(dtype: torch.dtype, runtime: bool) -> float:
+    """The share of the scale that is allowed whatever the noise, for results in `dtype`."""
+    summed_in = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return FLOOR_ULPS * torch.finfo(dtype).eps + (RUNTIME_ULPS * summed_in if runtime else 0.0)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ import torch
 from reparam.equivalence import metrics
 from reparam.equivalence.comparison import OutputComparison
 from reparam.equivalence.judge import (
-    FLOOR_ULPS,
-    RUNTIME_FLOOR,
     Judgement,
     Spread,
     effective_scale,
     judge,
+    numeric_floor,
     spread,
     with_weight_rounding,
 )
@@ -107,7 +106,7 @@ def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputCom
     failures = list(figures.failures)
     numeric = algebra = None
     if truth is not None and measured.numeric is not None:
-        floor = FLOOR_ULPS * torch.finfo(measured.dtype).eps * (RUNTIME_FLOOR if rules.runtime else 1.0)
+        floor = numeric_floor(measured.dtype, rules.runtime)
         numeric = _judged(measured, measured.numeric, rules.noise_factor, floor, typical)
         if not numeric.passed:
             failures.append(

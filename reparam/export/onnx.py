@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from reparam.errors import ExportError
-from reparam.export.check import Checked, check_file, simplified
+from reparam.export.check import Checked, check_file, check_weights, simplified
 from reparam.export.files import publish, staging
 from reparam.export.program import argument_names, path_names, private_copy
 from reparam.export.proto import Plan, build, save
@@ -174,9 +174,13 @@ def _write(
     plan: Plan, staged: Path, freedom: Freedom, answers: tuple[Probe, ...], simplify: bool, threshold: int
 ) -> _Written:
     """Builds, saves, checks and simplifies the file for one freedom."""
+    import onnx
+
     built = build(plan, freedom)
     external = save(built.proto, staged, threshold)
     relevant = _relevant(answers, built.open_batch, built.open_size)
+    weights = {**dict(plan.module.named_parameters()), **dict(plan.module.named_buffers())}
+    check_weights(onnx.load(str(staged)), weights)
     checked: Checked = check_file(staged, plan.input_names, relevant)
     kept = False
     notes = [*built.notes, *checked.notes]
@@ -188,7 +192,7 @@ def _write(
     if simplify and external:
         notes.append("not simplified: the weights exceed what onnxsim can hold")
     elif simplify:
-        smaller, note = simplified(staged, plan.input_names, relevant)
+        smaller, note = simplified(staged, plan.input_names, relevant, weights)
         if note:
             notes.append(note)
         if smaller is not None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from reparam.graph.nodes import info, module_of, replace_by_literal, set_module
+from reparam.graph.nodes import attribute, info, module_of, replace_by_literal, set_module
 
 _PLAIN_OPERATOR: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -45,6 +45,8 @@ def normalise(graph: fx.Graph, root: nn.Module) -> None:
     for node, target in mutations:
         assert storages is not None
         _make_plain(node, target, root, order, storages, shared=calls[str(node.target)] > 1)
+    _pin_other_writes(graph, root)
+    _pin_modules_written_to(graph, root)
     _drop_certain_checks(graph)
 
 
@@ -58,6 +60,38 @@ def restore_in_place(graph: fx.Graph, root: nn.Module) -> None:
             root.get_submodule(str(node.target)).inplace = True  # type: ignore[assignment]
         else:
             node.target, node.kwargs = original[0], {**node.kwargs, **original[1]}
+
+
+def _pin_other_writes(graph: fx.Graph, root: nn.Module) -> None:
+    """Pins what is written to by operations whose names do not say so (`torch._foreach_add_([x, y], 1)`)."""
+    others = [node for node in graph.nodes if node.meta.get("writes") and mutated(node, root) is None]
+    others = [node for node in others if node.meta.get("in_place") is None]
+    storages = _Storages(graph) if others else None
+    for node in others:
+        assert storages is not None
+        for target in node.meta["writes"]:
+            _pin(node, storages.names(target))
+
+
+def _pin_modules_written_to(graph: fx.Graph, root: nn.Module) -> None:
+    """Pins the calls of modules whose tensors other nodes write to: their weights are no constants."""
+    written = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.meta.get("pinned")}
+    storages = {attribute(root, name).untyped_storage().data_ptr() for name in written}
+    for node in graph.nodes if storages else ():
+        if node.op == "call_module":
+            module = root.get_submodule(str(node.target))
+            tensors = [*module.parameters(), *module.buffers()]
+            if any(tensor.untyped_storage().data_ptr() in storages for tensor in tensors):
+                node.meta["pinned"] = _STATE
+
+
+_STATE = "it belongs to the model's state"
+
+
+def _pin(node: fx.Node, names: list[fx.Node]) -> None:
+    state = any(name.op == "get_attr" for name in names)
+    for name in (node, *names):
+        name.meta["pinned"] = _STATE if state else "its storage is written to under another name"
 
 
 def mutated(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -126,10 +160,7 @@ def _make_plain(
     plain = _plain(node, root, shared)
     state = any(name.op == "get_attr" for name in names)
     if plain is None or state or not all(storages.same_view(name, target) for name in read_later):
-        why = "it belongs to the model's state" if state else "its storage is written to under another name"
-        for name in names:
-            name.meta["pinned"] = why
-        node.meta["pinned"] = why
+        _pin(node, names)
         return
     for name in read_later:
         name.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
@@ -266,11 +297,15 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+# What the capture puts into the graph to stop it where it does not hold.
+_CHECKS = ("require_value", "require_length", "require_keys", "require_rank")
+
+
 def _has_effect(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
     if node.meta.get("pinned") and node.op != "get_attr":
         return True
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in ("require_value", "require_length"):
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in _CHECKS:
         return True
     return node.op == "call_function" and bool(node.is_impure())

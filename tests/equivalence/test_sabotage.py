@@ -175,6 +175,29 @@ def test_a_fault_larger_than_a_weight_s_rounding_is_found_in_half_precision(
     assert not verify(original, fault(original, folded(original)), example(dtype)).passed
 
 
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_found_in_a_candidate_that_is_no_module(fault: Sabotage, net: str) -> None:
+    """What another runtime is allowed besides, for its order of summation, hides none of them."""
+    original = randomise(NETS[net](), seed=1)
+    assert isinstance(original, Plain)
+    good, bad = folded(original), fault(original, folded(original)).eval()
+    assert verify(original, lambda x: good(x), example()).passed
+    assert not verify(original, lambda x: bad(x), example()).passed
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0.012), (torch.bfloat16, 0.1)], ids=str)
+def test_a_runtime_in_half_precision_is_allowed_no_more_than_a_module(dtype: torch.dtype, share: float) -> None:
+    """Its sums are in float32, so their order is no excuse for errors of the size of half precision."""
+    original = nn.Conv2d(3, 4, 1).to(dtype)
+
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        return original(x) * (1 + share)  # type: ignore[no-any-return]
+
+    assert verify(original, lambda x: original(x), example(dtype)).passed
+    assert not verify(original, wrong, example(dtype)).passed
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fault", [perturb_one_weight, wrong_eps], ids=lambda fault: fault.__name__)
 def test_with_the_unrounded_candidate_even_a_rounding_sized_fault_is_found(fault: Sabotage, dtype: torch.dtype) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from reparam import fuse
 from reparam.errors import ExportError
 from reparam.export import OnnxFile, OnnxSession, export_onnx
 from reparam.export import onnx as export_module
-from reparam.export.check import disagreement
+from reparam.export.check import check_weights, disagreement
 from reparam.export.shapes import tensor_leaves
 from reparam.inputs import Inputs
 from tests.export import nets
@@ -278,16 +279,68 @@ def _insert_nan(graph: Any) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
 
+def _nudge_weight(graph: Any) -> None:
+    """One weight by one part in ten thousand: nothing that a run would show."""
+    tensor = next(t for t in graph.initializer if len(t.dims) == 4)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.reshape(-1)[0] *= 1.0001
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def _swap_channels(graph: Any) -> None:
+    tensor = next(t for t in graph.initializer if len(t.dims) == 1)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array[[1, 0, *range(2, len(array))]], tensor.name))
+
+
 def _break_name(graph: Any) -> None:
     graph.node[0].input[0] = "nothing"
 
 
-@pytest.mark.parametrize("change", [_scale_weight, _drop_bias, _insert_nan, _break_name])
+@pytest.mark.parametrize("change", [_scale_weight, _nudge_weight, _swap_channels, _drop_bias, _insert_nan, _break_name])
 def test_a_damaged_graph_is_not_published(change: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sabotaged(monkeypatch, change)
-    with pytest.raises(ExportError, match=r"disagrees with the module|invalid ONNX model"):
-        export_onnx(nets.lively(nets.Plain()), image(), tmp_path / "n.onnx", dynamic_size=False, dynamic_batch=False)
+    with pytest.raises(ExportError, match=r"disagrees with the module|invalid ONNX|other values than"):
+        export_onnx(
+            fuse(nets.lively(nets.Plain()), image(), verify=False).module,
+            image(),
+            tmp_path / "n.onnx",
+            dynamic_size=False,
+            dynamic_batch=False,
+        )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_simplification_with_other_weights_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxsim
+
+    def simplify(model: Any) -> tuple[Any, bool]:
+        changed = onnx.ModelProto()
+        changed.CopyFrom(model)
+        del changed.graph.node[-1]  # the second ReLU
+        changed.graph.node[-1].output[0] = changed.graph.output[0].name
+        _nudge_weight(changed.graph)
+        return changed, True
+
+    monkeypatch.setattr(onnxsim, "simplify", simplify)
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.ReLU()).eval()
+    file = export_onnx(module, image(), tmp_path / "n.onnx")
+    assert not file.simplified
+    assert any("other values" in note for note in file.notes)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (12,), (3, 4, 1, 1)])
+def test_weights_are_compared_to_the_last_bit(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(3, 4)
+    stored = weight.T.contiguous() if shape == (4, 3) else weight.reshape(shape)
+    graph = onnx.GraphProto(initializer=[onnx.numpy_helper.from_array(stored.numpy(), "w")])
+    check_weights(onnx.ModelProto(graph=graph), {"w": weight})
+    # A weight that the file has not was combined with others; those may then differ.
+    check_weights(onnx.ModelProto(graph=graph), {"w": weight + 1, "other": weight})
+    off = weight.clone()
+    off[1, 2] = torch.nextafter(off[1, 2], torch.tensor(9.0))
+    with pytest.raises(ExportError, match="the weight w"):
+        check_weights(onnx.ModelProto(graph=graph), {"w": off})
 
 
 def test_a_wrong_simplification_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
