@@ -52,7 +52,7 @@ from tools.cost_probes import Pair, Probe, pairs, probes  # noqa: E402
 from tools.cost_table import NAMES, Ranked, Result, as_python, load, save, score  # noqa: E402
 
 SECONDS = ("launch", "layer", "grouped")
-RATES = ("macs", "depthwise", "bandwidth", "layer_bandwidth")
+RATES = ("macs", "depthwise", "wide", "windows", "taps", "bandwidth", "layer_bandwidth")
 BLOCKS = (1, 4, 8, 16)
 LAYERS = 4
 REPEATED = 3

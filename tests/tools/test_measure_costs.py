@@ -22,7 +22,7 @@ def layers() -> list[Priced]:
     return [Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()]
 
 
-TRUE = [EAGER_CPU, Machine(1e-6, 0.0, 0.0, 4e10, 1e10, 2e10, 3e10, block=4, pads_apart=False)]
+TRUE = [EAGER_CPU, Machine(1e-6, 0.0, 0.0, 4e10, 1e10, 5e9, 2e8, 3e9, 2e10, 3e10, block=4, pads_apart=False)]
 
 
 @pytest.mark.parametrize("machine", TRUE, ids=["eager", "no layer price"])
@@ -58,7 +58,7 @@ def test_most_pairs_are_ranked_as_the_clock_does() -> None:
 def test_a_worse_machine_ranks_worse() -> None:
     """The score can fall: on a machine where only launches cost, the pairs that trade work for launches are wrong."""
     sides = priced_pairs(pairs())
-    launches = Machine(1.0, 0.0, 0.0, 1e30, 1e30, 1e30, 1e30)
+    launches = Machine(1.0, 0.0, 0.0, *(1e30,) * 7)
     for result in PASTED:
         worse = replace(
             result, ranked=tuple(replace(one, committed=ratio(sides[one.pair], launches)) for one in result.ranked)
