@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -68,44 +68,49 @@ class Call:
         return () if tensor is None else tensor.shape
 
 
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True)
-class Row:
-    """One operation of the lift table.
+class CallRow(Generic[Found]):
+    """One operation of a table.
 
     Attributes:
         name: what the operation is.
-        lift: the formula.
+        lift: the formula: what the table knows of a call.
         signature: argument names, in order, of the function and method spellings.
         modules: module classes, by exact type, and how to read the arguments off such a module.
         calls: functions, and names of tensor methods, that spell it.
     """
 
     name: str
-    lift: Callable[[Call], Lifted | Inexact | None]
+    lift: Callable[[Call], Found | Inexact | None]
     signature: tuple[str, ...]
     calls: tuple[Any, ...] = ()
     modules: tuple[type[nn.Module], ...] = ()
     read_module: Callable[[Any], dict[str, Any]] = field(default=lambda module: {})
 
 
-class LiftTable:
+class CallTable(Generic[Found]):
     """Finds the row of a node and applies it."""
 
-    def __init__(self, rows: tuple[Row, ...]) -> None:
+    def __init__(self, rows: tuple[CallRow[Found], ...]) -> None:
         self._by_module = {cls: row for row in rows for cls in row.modules}
         self._by_call = {call: row for row in rows for call in row.calls}
 
-    def row(self, node: fx.Node, root: nn.Module) -> Row | None:
+    def row(self, node: fx.Node, root: nn.Module) -> CallRow[Found] | None:
         """The row for a node, or None if the operation has none."""
         if node.op == "call_module":
             return self._by_module.get(plain_type(module_of(node, root)))
         return self._by_call.get(node.target) if node.op in ("call_function", "call_method") else None
 
-    def lift(self, node: fx.Node, root: nn.Module, constants: Constants) -> Lifted | Inexact | None:
-        """The node as affine maps, the reason why not, or None if it is no operation of the table."""
+    def lift(self, node: fx.Node, root: nn.Module, constants: Constants) -> Found | Inexact | None:
+        """What the table knows of the node, the reason why nothing, or None if it is no operation of the table."""
         row = self.row(node, root)
         if row is None or node in constants:
             return None
+        if isinstance(decided := node.meta.get("stays"), Inexact):  # an earlier pass needs it where it is
+            return decided
         inexact = _untouchable(node, root)
         if inexact is not None:
             return inexact
@@ -127,6 +132,9 @@ class LiftTable:
                 return Inexact(f"its argument {name!r} is computed when the model runs", "pass constants")
         return row.lift(Call(node, arguments, root))
 
+
+Row = CallRow[Lifted]
+LiftTable = CallTable[Lifted]
 
 _HARMLESS = {"alpha", "rounding_mode", "value", "inplace"}
 

@@ -9,6 +9,7 @@ from torch import fx, nn
 from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.collapse import Collapse
 from reparam.passes.inference_form import InferenceForm
+from reparam.passes.moves import Moves
 
 
 class Pass(Protocol):
@@ -22,5 +23,6 @@ class Pass(Protocol):
 
 PIPELINE: tuple[Pass, ...] = (
     InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
+    Moves(),  # before the collapse, which merges what this brings together
     Collapse(),
 )

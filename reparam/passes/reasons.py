@@ -26,6 +26,8 @@ def reasons(region: Region, search: Search, root: nn.Module, failed: dict[fx.Nod
     for node in region.affine:
         if node not in search.real or node in failed or len(search.cone(node)) > 1 or not node.users:
             continue
+        if node.meta.get("refused"):  # an earlier pass has said why
+            continue
         left = _why(node, region, search, root)
         if left is not None:
             found.append(Refusal("collapse", place(node), kind(node, root), left.reason, left.remedy))
