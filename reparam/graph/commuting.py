@@ -9,6 +9,7 @@ must not vary along an axis that the maximum is taken over. ReLU6, GELU and SiLU
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -124,7 +125,10 @@ COMMUTING: CallTable[Commuting] = CallTable(
         ),
         CallRow("PReLU", _prelu, ("input", "weight"), (F.prelu, torch.prelu, "prelu"), (nn.PReLU,)),
         CallRow(
-            "abs", partial(_homogeneous, name="abs"), ("input",), (abs, torch.abs, torch.absolute, "abs", "absolute")
+            "abs",
+            partial(_homogeneous, name="abs"),
+            ("input",),
+            (operator.abs, abs, torch.abs, torch.absolute, "abs", "absolute"),
         ),
         CallRow("maximum", _amax, ("input", "dim", "keepdim"), (torch.amax, "amax")),
         *(

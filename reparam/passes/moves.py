@@ -17,6 +17,7 @@ are positive among others that are not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +32,7 @@ from reparam.graph.nodes import described, info, kind, place
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
-from reparam.passes.scaling import Scaling, Surroundings, only_reader
+from reparam.passes.scaling import Scaling, Surroundings, joined, only_reader
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Moves:
                 if isinstance(plan, _Plan):
                     rewrites.append(self._rewrite(plan, root))
                     _apply(plan, graph, root)
-                    gone.update(plan.run.nodes)
+                    gone.update(plan.going)
                     surroundings = Surroundings(graph, root, self.table)
                     moved = True
                 elif plan is not None:
@@ -68,13 +69,14 @@ class Moves:
         return Rewrite(
             self.name,
             place(run.result),
-            tuple(described(node, root) for node in run.nodes),
+            tuple(described(node, root) for node in plan.going),
             plan.replacement(root),
             plan.identity,
         )
 
     def _refusal(self, run: Scaling, why: Inexact, root: nn.Module) -> Refusal:
-        run.result.meta["refused"] = True
+        for node in run.nodes:
+            node.meta["refused"] = True
         return Refusal(self.name, place(run.nodes[0]), kind(run.nodes[0], root), why.reason, why.remedy)
 
 
@@ -86,21 +88,29 @@ class _Plan:
         run: what moves.
         operations: what it crosses, in graph order.
         value: what the moved run reads.
+        old: what its readers read now.
         readers: what it goes in front of.
         layer: the moved run.
         shift: what stays in front of it: an addition, or None.
         why: why it stays.
+        merged: a run that it was merged with, backwards: `value` is what that one reads.
         backwards: the direction.
     """
 
     run: Scaling
     operations: tuple[tuple[fx.Node, Commuting], ...]
     value: fx.Node
+    old: fx.Node
     readers: tuple[fx.Node, ...]
     layer: Layer
     shift: Layer | None = None
     why: Inexact | None = None
+    merged: Scaling | None = None
     backwards: bool = False
+
+    @property
+    def going(self) -> tuple[fx.Node, ...]:
+        return self.run.nodes if self.merged is None else (*self.merged.nodes, *self.run.nodes)
 
     @property
     def identity(self) -> str:
@@ -114,6 +124,8 @@ class _Plan:
         return " = ".join(sides if self.backwards else sides[::-1]) + crossed
 
     def replacement(self, root: nn.Module) -> str:
+        if self.merged is not None:
+            return self.layer.description
         where = described(self.value, root) if self.backwards else ", ".join(described(r, root) for r in self.readers)
         moved = f"{self.layer.description} {'behind' if self.backwards else 'in front of'} {where}"
         return moved if self.shift is None else f"shift, and {moved}"
@@ -161,13 +173,23 @@ def _backwards(run: Scaling, surroundings: Surroundings) -> _Plan | Inexact | No
         return None
     absorbed = surroundings.absorbs_behind(value, reader, run, axis)
     if absorbed is True:
-        absorbed = _obstacle(run, operations) or surroundings.absorbs_behind(value, reader, run, axis, rounded=True)
+        absorbed = _obstacle(run, operations, "in front of") or surroundings.absorbs_behind(
+            value, reader, run, axis, rounded=True
+        )
     if absorbed is not True:
         return absorbed or None
-    layer = _layer(run, value, axis)
+    merged = surroundings.single(value)
+    whole = replace(run, source=value, axis=axis)
+    if merged is not None:  # no layer, but a scale like itself: the two become one here
+        both = joined(merged, whole)
+        if both is None:
+            return None
+        whole = both
+    layer = _layer(whole, value, whole.axis)
     if isinstance(layer, Inexact):
         return layer
-    return _Plan(run, tuple(operations), value, (reader,), layer, backwards=True)
+    source = value if merged is None else merged.source
+    return _Plan(run, tuple(operations), source, value, (reader,), layer, merged=merged, backwards=True)
 
 
 def _forwards(run: Scaling, surroundings: Surroundings) -> _Plan | Inexact | None:
@@ -184,7 +206,7 @@ def _forwards(run: Scaling, surroundings: Surroundings) -> _Plan | Inexact | Non
     exact = crossing.absorbed(run, surroundings)
     if exact is False or (exact is True and not operations):
         return None
-    obstacle = _obstacle(run, operations) if operations else None
+    obstacle = _obstacle(run, operations, "behind") if operations else None
     if obstacle is not None:
         return obstacle
     return _scale_only(crossing, exact, surroundings) if isinstance(exact, Inexact) else _whole(crossing, surroundings)
@@ -215,7 +237,7 @@ def _whole(crossing: _Crossing, surroundings: Surroundings) -> _Plan | Inexact |
     layer = _layer(crossing.run, crossing.value, crossing.axis)
     if isinstance(layer, Inexact):
         return layer
-    return _Plan(crossing.run, crossing.operations, crossing.value, crossing.readers, layer)
+    return _Plan(crossing.run, crossing.operations, crossing.value, crossing.value, crossing.readers, layer)
 
 
 def _scale_only(crossing: _Crossing, why: Inexact, surroundings: Surroundings) -> _Plan | Inexact | None:
@@ -235,23 +257,23 @@ def _scale_only(crossing: _Crossing, why: Inexact, surroundings: Surroundings) -
     layer = _layer(scale, value, axis)
     if isinstance(shift, Inexact) or isinstance(layer, Inexact):
         return shift if isinstance(shift, Inexact) else layer  # type: ignore[return-value]
-    return _Plan(run, crossing.operations, value, crossing.readers, layer, shift, why)
+    source = value if crossing.operations else run.source
+    return _Plan(run, crossing.operations, source, value, crossing.readers, layer, shift, why)
 
 
-def _obstacle(run: Scaling, operations: list[tuple[fx.Node, Commuting]]) -> Inexact | None:
-    """Why a run does not commute with operations."""
+def _obstacle(run: Scaling, operations: Sequence[tuple[fx.Node, Commuting]], where: str) -> Inexact | None:
+    """Why a run does not commute with operations; `where` of them it would go."""
     name = operations[0][1].name
-    negative, zero = int((run.scale < 0).sum()), int((run.scale == 0).sum())
-    for count, word in ((negative, "negative"), (zero, "zero")):
+    for count, word in ((int((run.scale < 0).sum()), "negative"), (int((run.scale == 0).sum()), "zero")):
         if count:
-            where = f" in {count} of {run.scale.numel()} channels" if run.axis is not None else ""
+            channels = f" in {count} of {run.scale.numel()} channels" if run.axis is not None else ""
             return Inexact(
-                f"its scale is {word}{where}, and {name} commutes with positive scales only",
-                f"put it in front of {name}, and train it there",
+                f"its scale is {word}{channels}, and {name} commutes with positive scales only",
+                f"train it {where} {name}",
             )
-    if run.shifts and not all(operation.shifts for _, operation in operations):
-        name = next(operation.name for _, operation in operations if not operation.shifts)
-        return Inexact(f"its shift cannot cross {name}", f"put it in front of {name}, and train it there")
+    fixed = [operation.name for _, operation in operations if not operation.shifts]
+    if run.shifts and fixed:
+        return Inexact(f"its shift cannot cross {fixed[0]}, only a scale can", f"train it {where} {fixed[0]}")
     return None
 
 
@@ -264,27 +286,22 @@ def _layer(run: Scaling, like: fx.Node, axis: int | None) -> Layer | Inexact:
 
 
 def _apply(plan: _Plan, graph: fx.Graph, root: nn.Module) -> None:
-    run, value = plan.run, plan.value
-    order = {node: index for index, node in enumerate(graph.nodes)}
+    run, value, tensor = plan.run, plan.value, info(plan.old)
     if plan.backwards:
         run.result.replace_all_uses_with(run.source)
     elif plan.operations:
-        for node, _ in plan.operations:
-            # It reads another tensor now, which it must not overwrite.
-            node.meta.pop("in_place", None)
         plan.operations[0][0].replace_input_with(run.result, run.source)
-    else:
-        value = run.source
-    tensor = info(value)
+        for node, _ in plan.operations:
+            node.meta.pop("in_place", None)  # it reads another tensor now, which it must not overwrite
     if plan.shift is not None:
+        order = {node: index for index, node in enumerate(graph.nodes)}
         first = min(plan.readers, key=order.__getitem__)
         value = _inserted(graph, root, first, value, plan.shift, tensor, run)
         value.meta["stays"] = plan.why
     for reader in plan.readers:
-        old = run.result if not plan.operations else plan.value
         moved = _inserted(graph, root, reader, value, plan.layer, tensor, run)
-        reader.replace_input_with(old, moved)
-    for node in reversed(run.nodes):
+        reader.replace_input_with(plan.old, moved)
+    for node in reversed(plan.going):
         graph.erase_node(node)
 
 

@@ -138,24 +138,32 @@ class Surroundings:
         if run is None:
             return None
         before = self.single(run.source) if only_reader(run.source) is head else None
-        if before is not None and _joined(before, run) is not None:
+        if before is not None and joined(before, run) is not None:
             return None
         while (reader := only_reader(run.result)) is not None:
             following = self.single(reader)
-            joined = None if following is None else _joined(run, following)
-            if joined is None:
+            longer = None if following is None else joined(run, following)
+            if longer is None:
                 break
-            run = joined
+            run = longer
         return run
 
     def absorbs_behind(
-        self, node: fx.Node, reader: fx.Node, run: Scaling, axis: int | None, *, rounded: bool = False
+        self,
+        node: fx.Node,
+        reader: fx.Node,
+        run: Scaling,
+        axis: int | None,
+        *,
+        rounded: bool = False,
+        layers_only: bool = False,
     ) -> bool | Inexact:
         """Whether the collapse merges a run that comes behind `node` and in front of `reader` into what makes `node`.
 
         Args:
             axis: the channel axis of `node`.
             rounded: whether the merged weights must also survive rounding, which takes computing them.
+            layers_only: whether a scale may absorb it only into the layer behind it; so it is for summands.
 
         Returns:
             False if `node` is nothing that absorbs; a reason if it is, but not this run.
@@ -164,14 +172,15 @@ class Surroundings:
         if lifted is None or only_reader(node) is not reader:
             return False
         if len(lifted.operands) > 1:
-            answers = [self.absorbs_behind(other, node, run, axis, rounded=rounded) for other in lifted.operands]
+            summands = lifted.operands
+            answers = [self.absorbs_behind(x, node, run, axis, rounded=rounded, layers_only=True) for x in summands]
             return next((answer for answer in answers if answer is not True), True)
         found = self.map_of(node)
         if found is None or found[1].is_identity or (None not in (axis, found[2]) and axis != found[2]):
             return False
         map_ = found[1]
         if map_.geometry.is_diagonal:
-            return True
+            return not layers_only or self.absorbs_behind(found[0], node, run, axis, rounded=rounded, layers_only=True)
         if not self.is_layer(node) or found[2] is None:
             return False
         return _writable(then(map_, run.map(map_.geometry.out_channels)), node, found[2], rounded)
@@ -214,7 +223,7 @@ def _plain(run: Scaling) -> Scaling:
     return run
 
 
-def _joined(first: Scaling, second: Scaling) -> Scaling | None:
+def joined(first: Scaling, second: Scaling) -> Scaling | None:
     """The second run after the first; None if they vary along different axes."""
     if None not in (first.axis, second.axis) and first.axis != second.axis:
         return None
