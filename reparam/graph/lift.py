@@ -120,7 +120,7 @@ class CallTable(Generic[Found]):
         arguments: dict[str, Any] = dict(zip(row.signature, node.args, strict=False))
         arguments.update(node.kwargs)
         if node.op == "call_module":
-            arguments.update(row.read_module(module_of(node, root)))
+            arguments.update(row.read_module(_unrounded(node, root)))
         for name, value in arguments.items():
             if isinstance(value, fx.Node) and value in constants:
                 arguments[name] = constants.value(value)
@@ -137,6 +137,12 @@ Row = CallRow[Lifted]
 LiftTable = CallTable[Lifted]
 
 _HARMLESS = {"alpha", "rounding_mode", "value", "inplace"}
+
+
+def _unrounded(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The module a node calls; as it was before it was rounded to the model's dtype, if a pass made it."""
+    make = node.meta.get("float64")
+    return module_of(node, root) if make is None else getattr(make(), "module", None) or module_of(node, root)
 
 
 def plain_type(module: nn.Module | None) -> type:

@@ -7,9 +7,8 @@ from typing import Protocol
 from torch import fx, nn
 
 from reparam.passes.base import Refusal, Rewrite
-from reparam.passes.collapse import Collapse
 from reparam.passes.inference_form import InferenceForm
-from reparam.passes.moves import Moves
+from reparam.passes.rounds import Rounds
 
 
 class Pass(Protocol):
@@ -23,6 +22,5 @@ class Pass(Protocol):
 
 PIPELINE: tuple[Pass, ...] = (
     InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
-    Moves(),  # before the collapse, which merges what this brings together
-    Collapse(),
+    Rounds(),  # moves, then the collapse, which merges what they brought together; again if that allows more moves
 )

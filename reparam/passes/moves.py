@@ -45,6 +45,8 @@ class Moves:
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
         """Rewrites the graph in place."""
         rewrites: list[Rewrite] = []
+        # A shift that an earlier round left behind may have found its way since; if not, it stays as it was.
+        decided = {node: node.meta.pop("stays") for node in graph.nodes if "stays" in node.meta}
         moved = True
         while moved:
             moved, gone = False, set[fx.Node]()
@@ -60,6 +62,8 @@ class Moves:
                     moved = True
                 elif plan is not None:
                     left[plan[0]] = plan[1]
+        for node, why in decided.items():
+            node.meta["stays"] = why
         refusals = [self._refusal(run, why, root) for run, why in left.items() if _is_alone(run, surroundings)]
         eliminate_dead_code(graph)
         return rewrites, refusals

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import reparam
+from reparam.graph.nodes import module_of
 from reparam.passes import moves
 from reparam.passes.collapse import Collapse
 from reparam.passes.inference_form import InferenceForm
@@ -296,6 +297,36 @@ ACCEPT = [
         CONV_ONLY,
     ),
 ]
+
+# What the collapse makes one layer is what the scale can move to: found in a second round.
+ROUNDS = [
+    Case(
+        "behind branches that become one layer",
+        net(
+            lambda self, x: torch.sigmoid(F.relu(self.conv(x) + self.skip(x)) * self.scale),
+            lambda: {"conv": conv(2, 3, 3, 3), "skip": norm(3, negative=1), "scale": channels(3)},
+        ),
+        CONV_ONLY,
+    ),
+    Case(
+        "in front of branches that become one layer",
+        net(
+            lambda self, x: self.conv(y := self.norm(x.tanh())) + y,
+            lambda: {"conv": conv(2, 3, 3, 3), "norm": norm(3, negative=1)},
+        ),
+        SHIFT_LEFT,
+    ),
+    Case(
+        "a shift that first stayed",
+        net(
+            lambda self, x: self.last(self.norm(F.max_pool2d(self.conv(x) + self.skip(x), 2))),
+            lambda: {"conv": conv(2, 3, 3, 3), "skip": norm(3), "norm": norm(3), "last": conv(2, 3, 8, 3)},
+        ),
+        {"conv": 2, "bn": 0, "add": 0},
+        moves=2,
+    ),
+]
+ACCEPT += ROUNDS
 
 REFUSE = [
     Case(
@@ -668,6 +699,26 @@ def test_sabotage_second_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     result = reparam.fuse(model, x, verify=False)
     assert moved(result) == 1
     assert relative_error(run(model, x), result.module(x)) > 1e-3
+
+
+def test_sabotage_rounded_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second round that read the first one's layers after rounding would round twice; verification sees it."""
+    case = ROUNDS[0]
+    model, (x, *_) = case.make(torch.float32), case.inputs(torch.float32)
+    assert reparam.fuse(model, x).report.comparison is not None
+    monkeypatch.setattr("reparam.graph.lift._unrounded", module_of)
+    with pytest.raises(reparam.NotEquivalentError):
+        reparam.fuse(model, x)
+
+
+def test_sabotage_rounded_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the constants of a moved scale and shift."""
+    case = next(case for case in ACCEPT if case.name == "conv, pool, norm, rank 2")
+    model, (x, *_) = case.make(torch.float32), case.inputs(torch.float32)
+    assert reparam.fuse(model, x).report.comparison is not None
+    monkeypatch.setattr("reparam.graph.constants._unrounded", lambda node, value: value)
+    with pytest.raises(reparam.NotEquivalentError):
+        reparam.fuse(model, x)
 
 
 # --- one by one
