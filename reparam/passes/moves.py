@@ -58,7 +58,7 @@ class Moves:
                     rewrites.append(self._rewrite(plan, root))
                     _apply(plan, graph, root)
                     gone.update(plan.going)
-                    surroundings = Surroundings(graph, root, self.table)
+                    surroundings.forget()
                     moved = True
                 elif plan is not None:
                     left[plan[0]] = plan[1]

@@ -79,6 +79,11 @@ class Surroundings:
         self._lifted: dict[fx.Node, Lifted | None] = {}
         self._singles: dict[fx.Node, Scaling | None] = {}
 
+    def forget(self) -> None:
+        """Drops what is known of nodes, as they have changed. Constants made since then count as unknown."""
+        self._lifted.clear()
+        self._singles.clear()
+
     def lifted(self, node: fx.Node) -> Lifted | None:
         """The node as affine maps, or None if it is not affine."""
         if node not in self._lifted:
