@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -144,13 +144,16 @@ class Call:
         return () if tensor is None else tensor.shape
 
 
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True)
-class Row:
-    """One operation of the lift table.
+class CallRow(Generic[Found]):
+    """One operation of a table.
 
     Attributes:
         name: what the operation is.
-        lift: the formula.
+        lift: the formula: what the table knows of a call.
         signature: argument names, in order, of the function and method spellings.
         modules: module classes, by exact type, and how to read the arguments off such a module.
         calls: functions, and names of tensor methods, that spell it.
@@ -159,7 +162,7 @@ class Row:
     """
 
     name: str
-    lift: Callable[[Call], Lift | Inexact | None]
+    lift: Callable[[Call], Found | Inexact | None]
     signature: tuple[str, ...]
     calls: tuple[Any, ...] = ()
     modules: tuple[type[nn.Module], ...] = ()
@@ -168,24 +171,26 @@ class Row:
     spread: bool = False
 
 
-class LiftTable:
+class CallTable(Generic[Found]):
     """Finds the row of a node and applies it."""
 
-    def __init__(self, rows: tuple[Row, ...]) -> None:
+    def __init__(self, rows: tuple[CallRow[Found], ...]) -> None:
         self._by_module = {cls: row for row in rows for cls in row.modules}
         self._by_call = {call: row for row in rows for call in row.calls}
 
-    def row(self, node: fx.Node, root: nn.Module) -> Row | None:
+    def row(self, node: fx.Node, root: nn.Module) -> CallRow[Found] | None:
         """The row for a node, or None if the operation has none."""
         if node.op == "call_module":
             return self._by_module.get(plain_type(module_of(node, root)))
         return self._by_call.get(node.target) if node.op in ("call_function", "call_method") else None
 
-    def lift(self, node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes) -> Lift | Inexact | None:
-        """What the node is, the reason why it is not affine, or None if it is no operation of the table."""
+    def lift(self, node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes) -> Found | Inexact | None:
+        """What the table knows of the node, the reason why nothing, or None if it is no operation of the table."""
         row = self.row(node, root)
         if row is None or node in constants:
             return None
+        if isinstance(decided := node.meta.get("stays"), Inexact):  # an earlier pass needs it where it is
+            return decided
         inexact = _untouchable(node, root)
         if inexact is not None:
             return None if row.raw else inexact
@@ -197,7 +202,7 @@ class LiftTable:
         arguments: dict[str, Any] = dict(zip(row.signature, node.args, strict=False))
         arguments.update(node.kwargs)
         if node.op == "call_module":
-            arguments.update(row.read_module(module_of(node, root)))
+            arguments.update(row.read_module(_unrounded(node, root)))
         for name, value in arguments.items():
             if isinstance(value, fx.Node) and value in constants:
                 arguments[name] = constants.value(value)
@@ -210,7 +215,9 @@ class LiftTable:
         return row.lift(Call(node, arguments, root, sizes, constants))
 
 
-def _lift_raw(row: Row, node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes) -> Lift | Inexact | None:
+def _lift_raw(
+    row: CallRow[Found], node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes
+) -> Found | Inexact | None:
     args = node.args
     if row.spread and len(args) > 1 and not isinstance(args[1], (tuple, list)):
         args = (args[0], args[1:])
@@ -222,7 +229,16 @@ def _lift_raw(row: Row, node: fx.Node, root: nn.Module, constants: Constants, si
     return row.lift(Call(node, arguments, root, sizes, constants))
 
 
+Row = CallRow[Lift]
+LiftTable = CallTable[Lift]
+
 _HARMLESS = {"alpha", "rounding_mode", "value", "inplace"}
+
+
+def _unrounded(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The module a node calls; as it was before it was rounded to the model's dtype, if a pass made it."""
+    make = node.meta.get("float64")
+    return module_of(node, root) if make is None else getattr(make(), "module", None) or module_of(node, root)
 
 
 def plain_type(module: nn.Module | None) -> type:

@@ -10,6 +10,7 @@ from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.collapse import Collapse
 from reparam.passes.cost import CostModel
 from reparam.passes.inference_form import InferenceForm
+from reparam.passes.rounds import Rounds
 
 
 class Pass(Protocol):
@@ -25,7 +26,8 @@ def pipeline(cost: CostModel) -> tuple[Pass, ...]:
     """The passes in order, choosing by `cost`."""
     return (
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
-        Collapse(cost=cost),
+        # moves, then the collapse, which merges what they brought together; again if that allows more moves
+        Rounds(collapse=Collapse(cost=cost)),
     )
 
 

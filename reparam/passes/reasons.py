@@ -27,6 +27,8 @@ def reasons(region: Region, search: Search, root: nn.Module, failed: dict[fx.Nod
     for node in region.affine:
         if node not in search.real or node in failed or len(search.cone(node)) > 1 or not node.users:
             continue
+        if node.meta.get("refused"):  # an earlier pass has said why
+            continue
         if not isinstance(region.affine[node].lift, Lifted):
             continue
         left = _why(node, region, search, root)

@@ -1,0 +1,37 @@
+"""Moves and collapse in turn, until nothing moves.
+
+What the collapse makes one layer may be what a scale can then move to: a BatchNorm in front of branches, a scale behind
+their sum. Without further rounds, fusing the result again would change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.collapse import Collapse
+from reparam.passes.moves import Moves
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The pass. Rewrites are those of all rounds; refusals those of the last, one for each place and operation."""
+
+    moves: Moves = field(default_factory=Moves)
+    collapse: Collapse = field(default_factory=Collapse)
+    name = "moves and collapse"
+
+    def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
+        """Rewrites the graph in place."""
+        rewrites, refused = self.moves.run(graph, root)
+        moved = True
+        while moved:
+            made, kept = self.collapse.run(graph, root)
+            rewrites += made
+            again, refused = self.moves.run(graph, root)
+            rewrites += again
+            moved = bool(again)
+        known = {(refusal.place, refusal.subject) for refusal in refused}
+        return rewrites, refused + [refusal for refusal in kept if (refusal.place, refusal.subject) not in known]
