@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from reparam.bench import Timing, benchmark
     from reparam.capture.load import load
     from reparam.equivalence import Comparison, verify
-    from reparam.errors import CaptureError, ExportError, InputError, NotEquivalentError, ReparamError
+    from reparam.errors import CaptureError, ExportError, InputError, NotEquivalentError, OtherInputError, ReparamError
     from reparam.export import export_archive, export_onnx
     from reparam.passes.base import Refusal, Rewrite
     from reparam.pipeline import FuseResult, fuse
@@ -27,6 +27,7 @@ _HOMES = {
     "FuseResult": "reparam.pipeline",
     "InputError": "reparam.errors",
     "NotEquivalentError": "reparam.errors",
+    "OtherInputError": "reparam.errors",
     "Refusal": "reparam.passes.base",
     "ReparamError": "reparam.errors",
     "Report": "reparam.report",

@@ -7,26 +7,28 @@ from typing import Any
 
 import torch
 
+from reparam.errors import OtherInputError
+
 
 def require_value(actual: Any, expected: Any, name: str) -> None:
     """Stands in a captured graph where an argument was fixed to the value of the example.
 
     Raises:
-        ValueError: the argument is given another value than the one the graph was captured for.
+        OtherInputError: the argument is given another value than the one the graph was captured for.
     """
     if actual is not expected and actual != expected:
         given = "a tensor" if isinstance(actual, torch.Tensor) else repr(actual)
-        raise ValueError(f"this model was captured for {name}={expected!r} and cannot run with {name}={given}")
+        raise OtherInputError(f"this model was captured for {name}={expected!r} and cannot run with {name}={given}")
 
 
 def require_length(actual: Any, expected: int) -> None:
     """Stands in a captured graph where the elements of an argument were taken one by one.
 
     Raises:
-        ValueError: the argument has another number of elements than the example had.
+        OtherInputError: the argument has another number of elements than the example had.
     """
     if len(actual) != expected:
-        raise ValueError(
+        raise OtherInputError(
             f"this model was captured for {expected} elements in an argument and cannot take {len(actual)}"
         )
 
@@ -35,10 +37,10 @@ def require_rank(actual: torch.Tensor, expected: int) -> None:
     """Stands in a captured graph where the number of dims of a tensor decided what the model does.
 
     Raises:
-        ValueError: the tensor has another number of dims than the example gave it.
+        OtherInputError: the tensor has another number of dims than the example gave it.
     """
     if actual.dim() != expected:
-        raise ValueError(
+        raise OtherInputError(
             f"this model was captured for a tensor of {expected} dims and cannot take shape {list(actual.shape)} there"
         )
 
@@ -47,7 +49,7 @@ def require_keys(actual: Mapping[Any, Any], expected: tuple[Any, ...]) -> None:
     """Stands in a captured graph where the keys of a dict argument were asked for.
 
     Raises:
-        ValueError: the dict has other keys, or the same in another order.
+        OtherInputError: the dict has other keys, or the same in another order.
     """
     if tuple(actual) != tuple(expected):
-        raise ValueError(f"this model was captured for the keys {list(expected)} and cannot take {list(actual)}")
+        raise OtherInputError(f"this model was captured for the keys {list(expected)} and cannot take {list(actual)}")
