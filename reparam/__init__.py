@@ -48,6 +48,7 @@ __all__ = [
     "FuseResult",
     "InputError",
     "NotEquivalentError",
+    "OtherInputError",
     "Refusal",
     "ReparamError",
     "Report",

@@ -69,10 +69,17 @@ class Sizes:
     Args:
         graph: the graph.
         rule: the sizes of a node's tensor as its operation tells them, or None for a node it knows nothing about.
+        demanded: the size of an axis that an operation which reads the tensor demands, or None.
     """
 
-    def __init__(self, graph: fx.Graph, rule: Callable[[fx.Node, Sizes], Dims | None]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        rule: Callable[[fx.Node, Sizes], Dims | None],
+        demanded: Callable[[fx.Node, int], int | None],
+    ) -> None:
         self._rule = rule
+        self._demanded = demanded
         self._dims: dict[fx.Node, Dims] = {}
         self._pending = iter(list(graph.nodes))
 
@@ -90,9 +97,10 @@ class Sizes:
         if node.op == "get_attr":
             return tuple(Size(size) for size in shape)
         found = self._rule(node, self) if shape else None
-        if found is not None and _fits(found, shape):
-            return found
-        return own_sizes(node)
+        dims = found if found is not None and _fits(found, shape) else own_sizes(node)
+        # On any other input the original fails: a layer with weights reads it.
+        wanted = [self._demanded(node, axis) if dims[axis].atoms else None for axis in range(len(shape))]
+        return tuple(size if number is None else Size(number) for size, number in zip(dims, wanted, strict=True))
 
     def value(self, argument: Any) -> Size | None:
         """The size that an argument stands for: a number, or a node that computes one. None if it is neither."""

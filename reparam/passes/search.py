@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from reparam.algebra import AffineMap, Inexact
-from reparam.graph.lift import Lifted, is_view
+from reparam.graph.lift import Concatenated, Lifted, is_view
 from reparam.graph.nodes import info
 from reparam.passes.base import Cost
 from reparam.passes.cost import CostModel
@@ -262,7 +262,9 @@ class Search:
         places = []
         for other in cone[:-1]:
             users = [user for user in self._region.readers(other) if user in self._region]
-            if any(not _only_scales(self._region.affine[user].maps) for user in users) or len(users) > 1:
+            joins = isinstance(self._region.affine[other].lift, Concatenated)
+            mixed = any(not _only_scales(self._region.affine[user].maps) for user in users)
+            if mixed or joins or len(users) > 1:
                 tensor = info(other)
                 places.append((tensor.numel if tensor else 0, self._region.order[other], other))
         return [other for _, _, other in sorted(places)[:_MOST_CUTS]]
