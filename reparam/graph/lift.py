@@ -103,7 +103,8 @@ Lift: TypeAlias = "One | Either"
 
 def is_view(lift: One) -> bool:
     """Whether it only looks at its operand in another way, and moves no bytes."""
-    return isinstance(lift, Sliced) or (isinstance(lift, Carried) and lift.free)
+    carried = lift.carried if isinstance(lift, Lifted) else lift
+    return isinstance(lift, Sliced) or (isinstance(carried, Carried) and carried.free)
 
 
 @dataclass(frozen=True)

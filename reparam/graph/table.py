@@ -60,6 +60,8 @@ _REARRANGEMENTS = (
         (torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"),
         raw=True,
     ),
+    Row("moved axis", carriers.movedim, ("input", "source", "destination"), (torch.movedim, "movedim"), raw=True),
+    Row("transposition", carriers.attribute, ("input", "name"), (getattr,), raw=True),
     Row(
         "reshape",
         channels.reshape,

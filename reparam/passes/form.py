@@ -322,7 +322,7 @@ def with_term(terms: list[Term], new: Term, pays: Merge) -> list[Term]:
     for index, term in enumerate(terms):
         merged = _merged(term, new)
         if merged is not None and pays(term, new, merged):
-            return [*terms[:index], merged, *terms[index + 1 :]]
+            return with_term([*terms[:index], *terms[index + 1 :]], merged, pays)  # it may merge with others now
     return [*terms, new]
 
 

@@ -299,12 +299,11 @@ def merging_pays(model: CostModel) -> Merge:
         if isinstance(one, Inexact):
             return False
         total = Cost()
-        stacked = first.rows != second.rows
         for found in apart:
             if isinstance(found, Inexact):
                 return True
             total += found.cost
-        if stacked and not model.is_lean(one.cost, total):
+        if not model.is_lean(one.cost, total):
             return False
         return model.key(one.cost) <= model.key(total + model.of_sum(one.like.numel, one.like.dtype.itemsize))
 

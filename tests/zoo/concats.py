@@ -233,7 +233,7 @@ CASES = [
         "norm_behind_concat_one_activation",
         partial(behind, 2, "pointwise", "conv"),
         shape(2, 4),
-        {"conv": 3, "bn": 0, "add": 0},
+        {"conv": 3, "bn": 0},  # an addition or a concat of the two
     ),
     BlockCase(
         "norm_behind_concat_with_input", partial(behind, 2, "unpadded", "input"), shape(2, 4), {"conv": 2, "bn": 0}
