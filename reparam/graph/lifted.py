@@ -84,6 +84,9 @@ class LiftedGraph:
         return next((size for user in part.users if (size := features(user, self._root, rank, axis)) is not None), None)
 
     def _sizes(self, node: fx.Node, sizes: Sizes) -> Dims | None:
+        module = module_of(node, self._root)
+        if isinstance(module, (*_CONVS, nn.Linear, nn.modules.batchnorm._BatchNorm)):
+            return _layer_sizes(node, module, sizes)  # without reading its weights
         found = self.lift(node)
         if isinstance(found, Either):
             found = next((option for option in found.options if isinstance(option, Carried)), found.options[0])
@@ -101,6 +104,29 @@ class LiftedGraph:
             first = node.all_input_nodes[0]
             return sizes.dims(first) if info(first) is not None else None
         return None
+
+
+def _layer_sizes(node: fx.Node, layer: nn.Module, sizes: Sizes) -> Dims | None:
+    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+        return None
+    dims = list(sizes.dims(node.args[0]))
+    own = own_sizes(node)
+    if len(dims) != len(own) or len(dims) < 2:
+        return None
+    if isinstance(layer, nn.Linear):
+        dims[-1] = Size(layer.out_features)
+    elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        dims[1] = Size(layer.num_features)
+    elif isinstance(layer, _CONVS) and len(dims) == len(layer.kernel_size) + 2:
+        dims[1] = Size(layer.out_channels)
+        for axis, kernel in enumerate(layer.kernel_size):
+            reach = layer.dilation[axis] * (kernel - 1)
+            kept = layer.padding == "same" or (not layer.transposed and 2 * int(layer.padding[axis]) == reach)
+            if not kept or layer.stride[axis] != 1:
+                dims[axis + 2] = own[axis + 2]
+    else:
+        return None
+    return tuple(dims)
 
 
 def _mapped(node: fx.Node, found: Lifted, sizes: Sizes) -> Dims:

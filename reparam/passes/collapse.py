@@ -56,7 +56,7 @@ class Collapse:
             cone = search.cone(node)
             if len(cone) == 1:
                 continue
-            form = region.form(cone, search.real)
+            form = region.form(cone)
             plan = form.why if isinstance(form, Blocked) else planned(form, node, self.cost)
             if isinstance(plan, Inexact):
                 failed[node] = plan

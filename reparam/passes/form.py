@@ -10,9 +10,9 @@ anywhere along `before`. A convolution stands between the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -69,6 +69,7 @@ class Term:
         rows: which channels of the result it makes; None for all.
         stood: how many steps of `before` ran in front of the layers that the map is made of.
         otherwise: the same value as another term, for operations that are a map and a step alike.
+        memo: what was found out about this very term, by who found it.
     """
 
     source: fx.Node
@@ -81,6 +82,7 @@ class Term:
     rows: Window | None = None
     stood: int = 0
     otherwise: Term | None = None
+    memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def is_free(self) -> bool:
@@ -173,9 +175,9 @@ def _mapped_term(term: Term, g: AffineMap) -> Term | Inexact:
 
 def _either(term: Term, change: Callable[[Term], Term | Inexact]) -> Term | Inexact:
     """A change of a term and of what it is otherwise."""
-    first = change(replace(term, otherwise=None))
     if term.otherwise is None:
-        return first
+        return change(term)
+    first = change(replace(term, otherwise=None))
     second = change(term.otherwise)
     if isinstance(first, Inexact) or isinstance(second, Inexact):
         return second if isinstance(first, Inexact) else first

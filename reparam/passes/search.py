@@ -142,7 +142,7 @@ class Search:
         total, forms = Cost(), []
         for node in real:
             cone = self._region.cone(node, real | outside)
-            form = None if len(cone) == 1 else self._region.form(cone, real | outside)
+            form = None if len(cone) == 1 else self._region.form(cone)
             if isinstance(form, Form):
                 forms.append(form)
                 total += self.price(node, form)
@@ -171,7 +171,7 @@ class Search:
         as_it_is = Solution(sum((self.native(n) for n in cone), Cost()), frozenset(cone))
         if len(cone) > _LARGEST_CONE:
             return as_it_is
-        form = self._region.form(cone, set(real))
+        form = self._region.form(cone)
         blocked = form if isinstance(form, Blocked) else self._unwritable(node, form, cone)
         if blocked is not None:
             self.blocked[(blocked.node, blocked.user)] = blocked.why
