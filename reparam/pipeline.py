@@ -23,6 +23,7 @@ from reparam.errors import InputError, NotEquivalentError
 from reparam.graph.build import built, float64_twin, forget_float64
 from reparam.graph.count import count_operations
 from reparam.graph.normal import normalise, restore_in_place
+from reparam.graph.register import leaves
 from reparam.inputs import ExampleInputs
 from reparam.passes import Pass, pipeline
 from reparam.passes.base import Refusal, Rewrite
@@ -87,7 +88,7 @@ def fuse(
     prices = cost_model(objective, _machine_of(model) if machine is None else machine)
     stages = _Stages(progress)
     with stages("capturing the graph"), _garbage_collection_paused():
-        captured = capture(model, example_inputs)
+        captured = capture(model, example_inputs, leaves())
     with stages("fusing"), _garbage_collection_paused(), torch.no_grad():
         normalise(captured.graph, captured.root)
         before = OperationCounts(**count_operations(captured.graph, captured.root))

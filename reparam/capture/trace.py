@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from reparam.capture.captured import Captured
+from reparam.capture.captured import Captured, Leaves
 from reparam.capture.checks import require_value
 from reparam.capture.copying import copied
 from reparam.capture.state import Memory, answers_alike
@@ -35,8 +35,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
-    """Captures `model` for inference. The model itself is not changed.
+def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Leaves()) -> Captured:
+    """Captures `model` for inference, not looking into `leaves`. The model itself is not changed.
 
     Raises:
         InputError: the model is no module, has hooks on itself, or cannot run on the example inputs.
@@ -54,10 +54,10 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
         raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
     inputs = Inputs.of(example_inputs)
     try:
-        traced = _traced(model, inputs, compute=False)
+        traced = _traced(model, inputs, leaves, compute=False)
     except ExecutionError:
         # A shape may depend on values (a selection by score): then every layer has to run.
-        traced = _traced_or_explained(model, inputs)
+        traced = _traced_or_explained(model, inputs, leaves)
     except Exception as error:
         raise _capture_error(model, error) from error
     _restore_buffers(traced, model)
@@ -108,9 +108,9 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
     return (f"the forward changes {names} on the model; the fused model leaves it as it was",)
 
 
-def _traced_or_explained(model: nn.Module, inputs: Inputs) -> _Traced:
+def _traced_or_explained(model: nn.Module, inputs: Inputs, leaves: Leaves) -> _Traced:
     try:
-        return _traced(model, inputs, compute=True)
+        return _traced(model, inputs, leaves, compute=True)
     except ExecutionError as error:
         shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs.tensors())
         raise InputError(
@@ -121,11 +121,11 @@ def _traced_or_explained(model: nn.Module, inputs: Inputs) -> _Traced:
         raise _capture_error(model, error) from error
 
 
-def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> _Traced:
+def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> _Traced:
     root = private_copy(model)
     memory = Memory(root)
     arguments = _bound(model, inputs.clone())
-    tracer = ValueTracer(root, arguments, _fixed(model, arguments), memory, compute)
+    tracer = ValueTracer(root, arguments, _fixed(model, arguments), memory, compute, leaves)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         graph = tracer.trace(root)

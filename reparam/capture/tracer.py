@@ -26,7 +26,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from reparam.capture.captured import TensorInfo
+from reparam.capture.captured import Leaves, TensorInfo
 from reparam.capture.checks import require_keys, require_length, require_rank, require_value
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
@@ -79,6 +79,7 @@ class ValueTracer(fx.Tracer):
         fixed: parameters of `forward` to fix to a value.
         memory: what the root holds before the trace.
         compute: whether to compute what `stand_in` knows the shape of.
+        leaves: what not to look into.
 
     Attributes:
         written: storages (their addresses) that nodes of the graph write to.
@@ -94,8 +95,10 @@ class ValueTracer(fx.Tracer):
         fixed: Mapping[str, Any],
         memory: Memory,
         compute: bool = True,
+        leaves: Leaves = Leaves(),
     ) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=leaves.functions)
+        self._leaves = leaves.modules
         self._compute = compute
         self._arguments = arguments
         self._fixed = fixed
@@ -184,6 +187,9 @@ class ValueTracer(fx.Tracer):
             node.meta["number"] = value
         self._note_aliases(node, value, before)
         return proxy  # type: ignore[no-any-return]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:
         # Before any test by type: a proxy passes for an instance of its value's class.

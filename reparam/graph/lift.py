@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from reparam.algebra import AffineMap, Inexact
+from reparam.errors import InputError
 from reparam.graph.constants import Constants
 from reparam.graph.nodes import info, module_of, pinned
 from reparam.graph.sizes import Dims, Sizes
@@ -179,6 +180,26 @@ class CallTable(Generic[Found]):
         self._by_module = {cls: row for row in rows for cls in row.modules}
         self._by_call = {call: row for row in rows for call in row.calls}
 
+    def add(self, row: CallRow[Found]) -> None:
+        """Adds a row.
+
+        Raises:
+            InputError: one of its spellings has a row already.
+        """
+        for spelling in (*row.calls, *row.modules):
+            there = self._by_call.get(spelling) or self._by_module.get(spelling)
+            if there is not None:
+                raise InputError(f"{row.name} is in the lift table already: {there.name}")
+        self._by_call.update(dict.fromkeys(row.calls, row))
+        self._by_module.update(dict.fromkeys(row.modules, row))
+
+    def remove(self, row: CallRow[Found]) -> None:
+        """Takes back a row that was added."""
+        for call in row.calls:
+            del self._by_call[call]
+        for cls in row.modules:
+            del self._by_module[cls]
+
     def row(self, node: fx.Node, root: nn.Module) -> CallRow[Found] | None:
         """The row for a node, or None if the operation has none."""
         if node.op == "call_module":
@@ -197,7 +218,8 @@ class CallTable(Generic[Found]):
             return None if row.raw else inexact
         if row.raw:
             return _lift_raw(row, node, root, constants, sizes)
-        known = row.signature[:1] if node.op == "call_module" else row.signature
+        # A row with function spellings too gets all but its input from the module itself.
+        known = row.signature[:1] if node.op == "call_module" and row.calls else row.signature
         if len(node.args) > len(known) or not set(node.kwargs) <= {*known, *_HARMLESS}:
             return Inexact("it is called with further arguments", "call it with its input alone")
         arguments: dict[str, Any] = dict(zip(row.signature, node.args, strict=False))
@@ -260,9 +282,8 @@ def _untouchable(node: fx.Node, root: nn.Module) -> Inexact | None:
         if operand is not None and operand.dtype.is_floating_point and operand.dtype != tensor.dtype:
             return Inexact("it converts between floating-point types", "run the model in one type")
     module = module_of(node, root)
-    if module is not None:
-        return _module_hides_something(module)
-    return None
+    parts = () if module is None else module.modules() if module._modules else (module,)
+    return next((found for part in parts if (found := _module_hides_something(part)) is not None), None)
 
 
 def _module_hides_something(module: nn.Module) -> Inexact | None:
