@@ -10,6 +10,7 @@ from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.collapse import Collapse
 from reparam.passes.cost import CostModel
 from reparam.passes.inference_form import InferenceForm
+from reparam.passes.join import Join
 
 
 class Pass(Protocol):
@@ -26,6 +27,7 @@ def pipeline(cost: CostModel) -> tuple[Pass, ...]:
     return (
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
         Collapse(cost=cost),
+        Join(cost=cost),  # last: by now a layer and its BatchNorm, or a sum of branches, are one
     )
 
 
