@@ -10,6 +10,7 @@ from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.collapse import Collapse
 from reparam.passes.cost import CostModel
 from reparam.passes.inference_form import InferenceForm
+from reparam.passes.join import Join
 from reparam.passes.rounds import Rounds
 
 
@@ -28,6 +29,7 @@ def pipeline(cost: CostModel) -> tuple[Pass, ...]:
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
         # moves, then the collapse, which merges what they brought together; again if that allows more moves
         Rounds(collapse=Collapse(cost=cost)),
+        Join(cost=cost),  # last: by now a layer and its BatchNorm, or a sum of branches, are one
     )
 
 
