@@ -9,6 +9,7 @@ anywhere along `before`. A convolution stands between the two.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -161,6 +162,8 @@ def mapped(form: Form, g: AffineMap, pays: Merge) -> Form | Inexact:
         if isinstance(found, Inexact):
             return found
         terms = with_term(terms, found, pays)
+    if _is_long(terms):
+        return _TOO_LONG
     channels = g.geometry.out_channels
     if not g.geometry.is_diagonal and any(term.rows is not None for term in terms):
         return Inexact("it reads concatenated parts, and a layer for each of them would be more layers than there are")
@@ -248,7 +251,19 @@ def added(a: Form, b: Form, pays: Merge) -> Form | Inexact:
     terms = list(a.terms)
     for term in b.terms:
         terms = with_term(terms, term, pays)
+    if _is_long(terms):
+        return _TOO_LONG
     return Form(tuple(terms), a.channels, added_bias(a.bias, b.bias))
+
+
+_MOST_TERMS = 16
+_TOO_LONG = Inexact(f"it would be the sum of more than {_MOST_TERMS} layers")
+
+
+def _is_long(terms: Sequence[Term]) -> bool:
+    """Whether a sum has so many terms that no search through it could pay: nested sums double them level by level."""
+    counts = Counter(term.rows for term in terms)
+    return max(counts.values(), default=0) > _MOST_TERMS
 
 
 def concatenated(forms: Sequence[Form], pays: Merge) -> Form | Inexact:

