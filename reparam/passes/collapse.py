@@ -10,6 +10,7 @@ chosen by `reparam.passes.search`. Nothing is approximated; what cannot be exact
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +24,9 @@ from reparam.graph.nodes import described, info, module_of, pinned, place
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.sizes import read_elsewhere, spell_out
 from reparam.graph.table import TABLE
-from reparam.passes.base import Cost, Refusal, Rewrite
+from reparam.passes.base import Choice, Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
+from reparam.passes.explain import Recorder, explained, not_written
 from reparam.passes.form import Form
 from reparam.passes.plan import Plan, Written, planned, write
 from reparam.passes.reasons import reasons
@@ -34,10 +36,11 @@ from reparam.passes.search import Search, merging_pays
 
 @dataclass(frozen=True)
 class Collapse:
-    """The pass. `table` says what is affine, `cost` what is cheap."""
+    """The pass. `table` says what is affine, `cost` what is cheap; `explain` is called with the choices of each run."""
 
     table: LiftTable = TABLE
     cost: CostModel = field(default_factory=CostModel)
+    explain: Callable[[list[Choice]], None] | None = None
     name = "collapse"
 
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
@@ -46,7 +49,9 @@ class Collapse:
         lifted = LiftedGraph(graph, root, self.table, Constants(graph, root))
         read_elsewhere(graph, lifted.sizes, lifted.is_affine)
         region = Region(graph, root, lifted, merging_pays(self.cost))
-        search = Search(region, root, self.cost)
+        recorder = None if self.explain is None else Recorder()
+        search = Search(region, root, self.cost, recorder)
+        choices = [] if recorder is None else explained(search, region, root, self.cost, recorder)
         names = _Names(graph, _going(region, search))
         rewrites: list[Rewrite] = []
         failed: dict[fx.Node, Inexact] = {}
@@ -67,6 +72,8 @@ class Collapse:
             replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)), written)
             node.replace_all_uses_with(replaced[node])
         refusals = reasons(region, search, root, failed)
+        if self.explain is not None:
+            self.explain([not_written(made, failed[node]) if node in failed else made for node, made in choices])
         eliminate_dead_code(graph)
         if rewrites:
             _relax_views(graph)
