@@ -142,7 +142,7 @@ def _candidates(choice: Choice, verbose: bool) -> Padding:
         style = "green" if won else "dim" if candidate.excluded else ""
         table.add_row("*" if won else "", Text(candidate.description), *_prices(candidate), Text(remark), style=style)
     if len(kept) < len(choice.candidates):
-        table.add_row("", f"and {len(choice.candidates) - len(kept)} dearer ones", style="dim")
+        table.add_row("", f"and {len(choice.candidates) - len(kept)} slower ones", style="dim")
     return _indented(table, 2)
 
 

@@ -116,12 +116,12 @@ def test_nothing_to_do_is_said() -> None:
     assert not any(word in printed for word in ("Left as it is", "Equivalence", "Written", "Notes"))
 
 
-def choice(number: int, dearer: int = 0) -> Choice:
+def choice(number: int, more: int = 0) -> Choice:
     candidates = (
         Candidate("as it is: Conv2d + BatchNorm2d", Cost(1000, 50, 2, 3e-5, 70)),
         Candidate("one layer: Conv2d(8, 8, 3x3)", Cost(900, 40, 1, 2e-5, 60)),
         Candidate("one layer, wrong", None, "bn stays in front of conv: it is padded"),
-        *(Candidate(f"cut behind {n}", Cost(2000, 40, 1, 1e-5 * n, 60), "too much") for n in range(9, 9 - dearer, -1)),
+        *(Candidate(f"cut behind {n}", Cost(2000, 40, 1, 1e-5 * n, 60), "too much") for n in range(9, 9 - more, -1)),
     )
     return Choice(Place(f"layer{number}", "net.py:7"), candidates, 1, "least estimated time", "latency", "eager-cpu")
 
@@ -145,13 +145,13 @@ def test_choices_are_tables_with_the_winner_marked() -> None:
 
 
 def test_only_the_cheapest_of_many_candidates_are_printed() -> None:
-    report = replace(REPORT, choices=(choice(0, dearer=6),))
+    report = replace(REPORT, choices=(choice(0, more=6),))
     printed = text(report)
     assert [n for n in range(10) if f"cut behind {n}" in printed] == [4, 5]
-    assert "and 4 dearer ones" in printed
+    assert "and 4 slower ones" in printed
     everything = text(report, verbose=True)
     assert [n for n in range(10) if f"cut behind {n}" in everything] == [4, 5, 6, 7, 8, 9]
-    assert "dearer ones" not in everything
+    assert "slower ones" not in everything
 
 
 def test_choices_are_there_if_asked_for() -> None:
