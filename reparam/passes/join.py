@@ -105,10 +105,8 @@ class Join:
         saved = fewer * one.dense(0, 0) - self.cost.of_view().seconds
         if saved < self.least * self._apart(group).seconds:
             return Inexact(f"joining them would save less than {self.least:.0%} of their time")
-        moved = 2 * sum(branch.result.numel * branch.result.dtype.itemsize for branch in group)
-        for other in self.elsewhere:
-            if fewer * group[0].launches * other.dense(0, 0) < other.elementwise(0, moved):
-                return Inexact("a runtime that copies the parts of a joined layer out would be slower")
+        if any(_loses_on(other, group) for other in self.elsewhere):
+            return Inexact("a runtime that copies the parts of a joined layer out would be slower")
         return None
 
     def _apart(self, group: list[Branch]) -> Cost:
@@ -153,10 +151,9 @@ class Branch:
         return self.map.geometry.out_channels
 
     @property
-    def launches(self) -> int:
-        """How many operations it is in an exported file, where a linear layer is a product of matrices and a sum."""
-        ndim = len(self.result.shape)
-        return 2 if self.axis == ndim - 1 and ndim > 2 and self.map.bias is not None else 1
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer, not a convolution."""
+        return self.axis == len(self.result.shape) - 1
 
     @property
     def alike(self) -> tuple[object, ...]:
@@ -177,6 +174,21 @@ class Branch:
             return self.map
         weight = cast(torch.Tensor, layer.module.weight).reshape(self.map.geometry.weight_shape)
         return AffineMap.of(self.map.geometry, weight, cast("torch.Tensor | None", layer.module.bias))
+
+
+def _loses_on(machine: Machine, group: list[Branch]) -> bool:
+    """Whether a runtime that has no views of tensors would be slower with the layers joined.
+
+    It copies the parts. Of a tensor with more than two axes, a linear layer is a product and a sum there, so that more
+    launches are saved; a convolution is fused with the activation behind it, which a split in between prevents.
+    """
+    first, fewer = group[0], len(group) - 1
+    launches = 2 if first.is_linear and len(first.result.shape) > 2 and first.map.bias is not None else 1
+    moved = 2 * sum(branch.result.numel * branch.result.dtype.itemsize for branch in group)
+    copies = machine.elementwise(0, moved)
+    if not first.is_linear:
+        copies += machine.elementwise(0, moved, len(group))
+    return fewer * launches * machine.dense(0, 0) < copies
 
 
 def _with_company(graph: fx.Graph, root: nn.Module, table: LiftTable) -> list[fx.Node]:
