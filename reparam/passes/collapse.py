@@ -30,6 +30,7 @@ from reparam.passes.plan import Plan, Written, planned, write
 from reparam.passes.reasons import reasons
 from reparam.passes.region import Blocked, Region
 from reparam.passes.search import Search, merging_pays
+from reparam.passes.standing import Standing
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,8 @@ class Collapse:
         region = Region(graph, root, lifted, merging_pays(self.cost))
         search = Search(region, root, self.cost)
         names = _Names(graph, _going(region, search))
-        rewrites: list[Rewrite] = []
+        plans: dict[fx.Node, Plan] = {}
         failed: dict[fx.Node, Inexact] = {}
-        replaced: dict[fx.Node, fx.Node] = {}
-        written: Written = {}
         for node in sorted(search.real, key=region.order.__getitem__):
             cone = search.cone(node)
             if len(cone) == 1:
@@ -63,10 +62,16 @@ class Collapse:
                 continue
             if not plan.layers and all(map(search.is_view, cone)) and plan.steps == len(cone):
                 continue  # views, and nothing between them: they are what they were
+            plans[node] = plan
+        refusals = reasons(Standing(region, search, root, self.cost), failed)
+        rewrites: list[Rewrite] = []
+        replaced: dict[fx.Node, fx.Node] = {}
+        written: Written = {}
+        for node, plan in plans.items():
+            cone = search.cone(node)
             rewrites.append(self._rewrite(plan, cone, root, search))
             replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)), written)
             node.replace_all_uses_with(replaced[node])
-        refusals = reasons(region, search, root, failed)
         eliminate_dead_code(graph)
         if rewrites:
             _relax_views(graph)
