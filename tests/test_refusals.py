@@ -47,7 +47,9 @@ _WORDS = {
     "norm": "batch_norm batchnorm1d batchnorm2d batchnorm3d syncbatchnorm",
     "arithmetic": "add add_ iadd sub sub_ isub rsub mul mul_ imul div div_ truediv itruediv addcmul",
     "plain": "view reshape permute transpose flatten unflatten squeeze unsqueeze contiguous identity narrow avg_pool1d "
-    "avg_pool2d avg_pool3d avgpool1d avgpool2d avgpool3d pad cat concat",
+    "avg_pool2d avg_pool3d avgpool1d avgpool2d avgpool3d pad cat concat "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptiveavgpool1d adaptiveavgpool2d "
+    "adaptiveavgpool3d mean",
 }
 SORTS = {word: sort for sort, words in _WORDS.items() for word in words.split()}
 SHAPES = ("size", "dim", "shape", "ndim", "getattr", "require_rank", "require_size")
@@ -139,14 +141,14 @@ class Fused:
         return [(first, node) for node in self.of("layer", "norm", "scale") for first in self.in_front(node)]
 
     @functools.cached_property
-    def branches(self) -> list[tuple[fx.Node, fx.Node]]:
-        """Two layers of one tensor whose results are added."""
+    def branches(self) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+        """Two layers of one tensor whose results are added, and their sum."""
         found = []
         for node in self.of("sum"):
             layers = [part for part in self._summands(node) if self.sort(part) == "layer"]
             sources = [self.operands(part)[0] for part in layers]
             found += [
-                (layers[i], layers[j]) for j in range(len(layers)) for i in range(j) if sources[i] is sources[j]
+                (layers[i], layers[j], node) for j in range(len(layers)) for i in range(j) if sources[i] is sources[j]
             ]
         return found
 
@@ -216,8 +218,12 @@ def test_zoo(case: BlockCase | Trap) -> None:
 
 @functools.cache
 def real(name: str) -> Fused:
+    """Fused, with random BatchNorms; what its numbers are is of no importance here."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm_zoo.import_timm().create_model(name, pretrained=False).eval()
     x = torch.randn(1, 3, REAL[name], REAL[name], generator=torch.Generator().manual_seed(0))
-    result = reparam.fuse(timm_zoo.create(name), x, verify=False)
+    result = reparam.fuse(timm_zoo.randomise_batch_norms(model), x, verify=False)
     return Fused(result.module, result.report.refusals)
 
 

@@ -79,6 +79,16 @@ def adding(standing: Standing, first: Term, second: Term, other: str) -> Inexact
     return _priced(f"merging it with {other}", now, one.cost, words, 2, standing.cost)
 
 
+def bordering(standing: Standing, borders: Collection[fx.Node], into: str) -> Inexact:
+    """Operations that no layer is known to commute with stand in between."""
+    names = listed([named(node, standing.root) for node in borders])
+    stand = "stands" if len(set(borders)) == 1 else "stand"
+    return Inexact(
+        f"{names} {stand} between it and {into}, and may mix channels with positions or with the batch",
+        f"put it right beside {into}",
+    )
+
+
 def named(node: fx.Node, root: nn.Module) -> str:
     """What a sentence calls a node: a module by its name, a function by its place."""
     if node.op in ("placeholder", "output"):

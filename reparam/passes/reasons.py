@@ -24,7 +24,7 @@ from reparam.graph.nodes import is_floating, kind, place
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal
 from reparam.passes.form import Term
-from reparam.passes.obstacles import adding, listed, named, read_elsewhere, substituting
+from reparam.passes.obstacles import adding, bordering, listed, named, read_elsewhere, substituting
 from reparam.passes.standing import Standing
 
 
@@ -67,36 +67,38 @@ def _is_norm(node: fx.Node, root: nn.Module) -> bool:
 
 def _beside_weights(node: fx.Node, standing: Standing) -> bool:
     """Whether a layer, or a scale of channels, is beside a node that is not affine."""
-    region = standing.region
-    neighbours = [*node.all_input_nodes, *node.users]
-    for other in standing.nodes:
-        if node in standing.sources(other) or node in standing.readers(other):
-            neighbours.append(other)
     return any(
-        standing.is_layer(part) or (standing.is_scale(part) and region.affine[part].lift.axis is not None)  # type: ignore[union-attr]
-        for other in neighbours
-        if other in standing.real
+        standing.is_layer(part) or (standing.is_scale(part) and standing.region.affine[part].lift.axis is not None)  # type: ignore[union-attr]
+        for other in standing.around(node)
         for part in standing.cone(other)
     )
 
 
 def _about_scale(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
     """A scale that was merged with nothing in front of it, and with nothing behind it."""
+    root = standing.root
+    if standing.sort(node) == "layer":
+        yield from _about_scaled_terms(node, standing)
     if standing.sort(node) != "scale":
         return
-    subject, root = standing.main(node), standing.root
+    subject = standing.main(node)
     before, behind = standing.before(node), standing.behind(node)
     if before.ends:
         into = listed([named(standing.main(end), root) for end in before.ends])
-        if before.others and len(before.crossed):
+        if before.borders:
+            yield subject, bordering(standing, before.borders, into)
+        elif before.others and before.crossed:
             others = listed([named(other, root) for other in before.others])
             yield subject, Inexact(f"it scales {into} together with {others}, which no layer makes that could absorb it")
         else:
             yield subject, substituting(standing, node, {*before.ends, *before.crossed}, into)
     elif behind.ends:
         end = behind.ends[0]
+        into = named(standing.main(end), root)
         crossed = {other for other in behind.crossed if other in standing.before(end).crossed}
-        yield subject, substituting(standing, end, {node, *crossed}, named(standing.main(end), root))
+        border = bool(behind.borders) and node not in standing.before(end, borders=False).ends
+        why = bordering(standing, behind.borders, into) if border else None
+        yield subject, why or substituting(standing, end, {node, *crossed}, into)
     elif _is_norm(subject, root):
         for source in standing.sources(node):
             if source in standing.real and (readers := [r for r in standing.readers(source) if r is not node]):
@@ -107,15 +109,32 @@ def _about_scale(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, I
         yield subject, Inexact(f"nothing linear is beside it: it reads {inputs} and feeds {outputs}")
 
 
+def _about_scaled_terms(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
+    """Scales among the terms of a sum or of a concatenation, whose other terms are layers."""
+    for term in standing.terms(node):
+        if term.map.is_identity or not term.map.geometry.is_diagonal:
+            continue
+        way = standing.before_term(term)
+        if not way.ends:
+            continue
+        into = listed([named(standing.main(end), standing.root) for end in way.ends])
+        for part in standing.scales_of(node, term.source):
+            yield part, substituting(standing, node, {*way.ends, *way.crossed}, into)
+
+
 def _about_layer(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
     """A layer whose output another layer reads."""
     if standing.sort(node) != "layer":
         return
+    into = named(standing.main(node), standing.root)
+    near = standing.before(node, borders=False)
+    for end in near.ends:
+        if standing.sort(end) == "layer":
+            yield standing.main(end), substituting(standing, node, {*near.crossed, end}, into)
     way = standing.before(node)
     for end in way.ends:
-        if standing.sort(end) == "layer":
-            into = named(standing.main(node), standing.root)
-            yield standing.main(end), substituting(standing, node, {*way.crossed, end}, into)
+        if end not in near.ends and standing.sort(end) == "layer":
+            yield standing.main(end), bordering(standing, way.borders, into)
 
 
 def _about_sum(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:

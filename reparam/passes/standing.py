@@ -14,8 +14,9 @@ from typing import Literal
 from torch import fx, nn
 
 from reparam.graph.lift import Lifted
-from reparam.graph.nodes import attribute, module_of
+from reparam.graph.nodes import attribute, is_floating, module_of
 from reparam.graph.sizes import shape_read, size_read
+from reparam.graph.table import TABLE
 from reparam.passes.base import Cost
 from reparam.passes.cost import CostModel
 from reparam.passes.form import Form, Term
@@ -33,11 +34,13 @@ class Way:
         ends: the layers and scales it leads to.
         others: what else it leads to: tensors that no affine operation makes, or reads.
         crossed: the plain operations on it.
+        borders: operations on it that move channels and positions in a way that no layer is known to commute with.
     """
 
     ends: tuple[fx.Node, ...]
     others: tuple[fx.Node, ...]
     crossed: tuple[fx.Node, ...]
+    borders: tuple[fx.Node, ...]
 
 
 class Standing:
@@ -138,18 +141,42 @@ class Standing:
             return self.search.native(node)
         return self.search.price(node, form)
 
-    def before(self, node: fx.Node) -> Way:
-        """The way from a real tensor back to the layers and scales in front of it."""
-        return self._way(self.sources(node), backwards=True)
+    def before(self, node: fx.Node, *, borders: bool = True) -> Way:
+        """The way from a real tensor back to the layers and scales in front of it; through borders or up to them."""
+        return self._way(self.sources(node), backwards=True, through=borders)
+
+    def before_term(self, term: Term) -> Way:
+        """The way back from the source of a term."""
+        return self._way([term.source], backwards=True, through=False)
+
+    def around(self, node: fx.Node) -> list[fx.Node]:
+        """The layers and scales beside an operation that is not affine."""
+        sources = [other for other in node.all_input_nodes if not _reads_sizes(other)]
+        ways = self._way(sources, backwards=True), self._way(list(node.users), backwards=False)
+        made = [other for other in self.nodes if node in self.sources(other) and self.sort(other) != "plain"]
+        return [*ways[0].ends, *ways[1].ends, *made]
+
+    def scales_of(self, node: fx.Node, source: fx.Node) -> list[fx.Node]:
+        """The scales that a real tensor is made of and that are made of a source alone."""
+        cone, found = set(self.cone(node)), []
+        for part in self.cone(node):
+            value: fx.Node | None = part
+            while value is not None and value in cone:
+                operands = self.region.affine[value].operands
+                value = operands[0] if len(operands) == 1 else None
+            if value is source and self.is_scale(part):
+                found.append(part)
+        return found[-1:]
 
     def behind(self, node: fx.Node) -> Way:
         """The way from a real tensor on to the layers and scales that read it."""
         return self._way(self.readers(node), backwards=False)
 
-    def _way(self, start: Sequence[fx.Node], *, backwards: bool) -> Way:
+    def _way(self, start: Sequence[fx.Node], *, backwards: bool, through: bool = True) -> Way:
         ends: list[fx.Node] = []
         others: list[fx.Node] = []
         crossed: list[fx.Node] = []
+        borders: list[fx.Node] = []
         pending, seen = list(reversed(start)), set[fx.Node]()
         while pending:
             node = pending.pop()
@@ -157,7 +184,12 @@ class Standing:
                 continue
             seen.add(node)
             if node not in self.real:
-                others.append(node)
+                if through and self._is_border(node):
+                    borders.append(node)
+                    beside = node.all_input_nodes if backwards else list(node.users)
+                    pending.extend(other for other in reversed(beside) if not _reads_sizes(other))
+                else:
+                    others.append(node)
             elif self.joins(node) and len(self.readers(node)) > 1:
                 others.append(node)  # a sum that more than one reads, as a residual stream: it has to exist
             elif self.sort(node) != "plain":
@@ -165,7 +197,12 @@ class Standing:
             else:
                 crossed.append(node)
                 pending.extend(reversed(self.sources(node) if backwards else self.readers(node)))
-        return Way(tuple(ends), tuple(others), tuple(crossed))
+        return Way(tuple(ends), tuple(others), tuple(crossed), tuple(borders))
+
+    def _is_border(self, node: fx.Node) -> bool:
+        """Whether it is an operation on views or parts, in a call that is not affine; a residual stream is none."""
+        row = TABLE.row(node, self.root)
+        return row is not None and row.raw and node not in self.region and is_floating(node)
 
     def joins(self, node: fx.Node) -> bool:
         """Whether a real tensor is computed from several."""
