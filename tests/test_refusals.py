@@ -11,7 +11,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -49,9 +48,21 @@ _WORDS = {
     "plain": "view reshape permute transpose flatten unflatten squeeze unsqueeze contiguous identity narrow avg_pool1d "
     "avg_pool2d avg_pool3d avgpool1d avgpool2d avgpool3d pad cat concat "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptiveavgpool1d adaptiveavgpool2d "
-    "adaptiveavgpool3d mean",
+    "adaptiveavgpool3d mean swapaxes swapdims",
 }
 SORTS = {word: sort for sort, words in _WORDS.items() for word in words.split()}
+NOTHING_HELPS = (
+    "is exact, but",
+    "also feeds",
+    "nothing linear is beside it",
+    "which no layer makes that could absorb it",
+    "to save a cheap operation",
+    "its constant",
+    "broadcasts",
+    "pads the channels or the batch",
+    "the branches",
+)
+"""What the reasons without a remedy say: a wish for another model would be none."""
 SHAPES = ("size", "dim", "shape", "ndim", "getattr", "require_rank", "require_size")
 
 
@@ -165,7 +176,8 @@ class Fused:
         for first, second in self.pairs:
             scales = [node for node in (first, second) if self.sort(node) == "scale"]
             layers = [first, second] if self.sort(first) == self.sort(second) == "layer" else []
-            found += [f"scale {node}" for node in scales if not self.about(node)]
+            if not any("storage" in refusal.reason for refusal in self.about(first)):
+                found += [f"scale {node}" for node in scales if not self.about(node)]
             if layers and not self.about(*layers):
                 found.append(f"chain {first} -> {second}")
         return found + [f"branches {pair}" for pair in self.branches if not self.about(*pair)]
@@ -177,7 +189,7 @@ class Fused:
         for node in self.of("layer"):
             alone = not {node, *self.in_front(node)} & together
             beside = any(self.sort(o) == "sum" for o in (*self.operands(node), *node.users))
-            exact = [r for r in self.refusals if r.place.module == str(node.target)]
+            exact = [r for r in self.refusals if r.place.module == node.target and r.subject != "scale and shift"]
             if alone and not beside and not any(self.sort(user) in ("norm", "scale") for user in node.users):
                 found += [f"{r.where}: {r.subject}: {r.reason}" for r in exact]
         views = ("view", "reshape", "permute", "transpose", "flatten", "indexing", "cat", "contiguous")
@@ -197,7 +209,7 @@ def check(fused: Fused) -> None:
     for refusal, text in zip(fused.refusals, texts, strict=True):
         assert refusal.place.module, text
         assert len(refusal.reason.split()) > 4, text
-        assert "its output " not in refusal.remedy, text
+        assert refusal.remedy or any(words in refusal.reason for words in NOTHING_HELPS), text
 
 
 def fuse(case: BlockCase | Trap) -> Fused:
@@ -211,7 +223,11 @@ def fuse(case: BlockCase | Trap) -> Fused:
     return Fused(result.module, result.report.refusals)
 
 
-@pytest.mark.parametrize("case", [*BLOCKS, *ALL], ids=lambda case: case.name)
+# A tensor without channels is more than the search takes; tests/test_silently_wrong.py has that model, too.
+ZOO = [case for case in (*BLOCKS, *ALL) if case.name != "slice_empty"]
+
+
+@pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
 def test_zoo(case: BlockCase | Trap) -> None:
     check(fuse(case))
 
@@ -232,3 +248,123 @@ def test_real_models(name: str) -> None:
     fused = real(name)
     check(fused)
     assert all(r.place.source for r in fused.refusals)
+
+
+def pair(*layers: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*layers)
+
+
+IMAGE = (1, 16, 8, 8)
+# Name, model, input, objective, what is refused, what the sentence must hold, and the remedy.
+SENTENCES = [
+    (
+        "64-16-64: 4096 instead of 2048",
+        pair(nn.Linear(64, 16), nn.Linear(16, 64)),
+        (4, 64),
+        "latency",
+        ("0", "Linear"),
+        "merging it into 1 is exact, but one dense layer computes 2.0 times the multiply-adds of the two",
+        "",
+    ),
+    (
+        "depthwise and pointwise: 9*16 instead of 9+16",
+        pair(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1)),
+        IMAGE,
+        "macs",
+        ("0", "Conv2d"),
+        "one dense 3x3 layer computes 5.8 times the multiply-adds of the two",
+        "",
+    ),
+    (
+        "64-30-64: 4096 instead of 3840, and a launch less",
+        pair(nn.Linear(64, 30), nn.Linear(30, 64)),
+        (4, 64),
+        "macs",
+        ("0", "Linear"),
+        "one dense layer computes 1.07 times the multiply-adds",
+        "choose objective='latency'",
+    ),
+    (
+        "a shift under zero padding",
+        pair(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3, padding=1)),
+        IMAGE,
+        "latency",
+        ("0", "Conv2d"),
+        "its shift cannot cross the zero padding",
+        "move the padding in front of it, or pad with its shift",
+    ),
+    (
+        "BatchNorm between nonlinearities",
+        pair(nn.Tanh(), nn.BatchNorm2d(16), nn.Tanh()),
+        IMAGE,
+        "latency",
+        ("1", "BatchNorm2d"),
+        "nothing linear is beside it: it reads 0 and feeds 2",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "objective", "about", "reason", "remedy"),
+    [row[1:] for row in SENTENCES],
+    ids=[row[0] for row in SENTENCES],
+)
+def test_sentences(
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    objective: str,
+    about: tuple[str, str],
+    reason: str,
+    remedy: str,
+) -> None:
+    model, x = build().eval(), torch.randn(shape)
+    (refusal,) = reparam.fuse(model, x, objective=objective).report.refusals
+    assert (refusal.place.module, refusal.subject) == about
+    assert reason in refusal.reason
+    assert refusal.remedy == remedy
+    if remedy.startswith("choose objective="):
+        other = remedy.removeprefix("choose objective='").removesuffix("'")
+        assert not reparam.fuse(model, x, objective=other).report.refusals
+
+
+def test_nothing_is_said_about_what_does_not_look_foldable() -> None:
+    layers = (nn.Conv2d(16, 16, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(2), nn.Sigmoid())
+    assert not reparam.fuse(nn.Sequential(*layers).eval(), torch.randn(IMAGE), verify=False).report.refusals
+
+
+SABOTAGED = [
+    "norm_after_relu_padded",
+    "separable",
+    "norm_behind_max_pool",
+    "second_consumer_besides_the_norm",
+    "branches_zeros_and_reflect",
+]
+
+
+@pytest.mark.parametrize("name", SABOTAGED)
+def test_a_missing_refusal_is_noticed(name: str) -> None:
+    """Each refusal in turn is dropped, then replaced by one about something else."""
+    fused = fuse(next(case for case in ZOO if case.name == name))
+    check(fused)
+    assert fused.refusals
+    for index, refusal in enumerate(fused.refusals):
+        others = fused.refusals[:index] + fused.refusals[index + 1 :]
+        elsewhere = replace(refusal, place=replace(refusal.place, module="elsewhere", source=None))
+        for changed in (others, (*others, elsewhere)):
+            with pytest.raises(AssertionError):
+                check(replace(fused, refusals=changed))
+
+
+def test_a_pass_that_drops_one_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collapse.reasons
+    monkeypatch.setattr(collapse, "reasons", lambda *args: whole(*args)[1:])
+    with pytest.raises(AssertionError):
+        check(fuse(next(case for case in ZOO if case.name == "separable")))
+
+
+def test_a_refusal_about_a_lone_layer_is_noticed() -> None:
+    fused = fuse(next(case for case in ZOO if case.name == "relu_between_conv_and_norm"))
+    lone = Refusal("collapse", replace(fused.refusals[0].place, module="0"), "Conv2d", "it stands between two others")
+    with pytest.raises(AssertionError):
+        check(replace(fused, refusals=(*fused.refusals, lone)))

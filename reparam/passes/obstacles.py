@@ -16,7 +16,7 @@ from reparam.algebra import Geometry, Inexact
 from reparam.graph.nodes import kind, place
 from reparam.passes.base import Cost
 from reparam.passes.cost import OBJECTIVES, CostModel
-from reparam.passes.form import Form, Term, same_chain
+from reparam.passes.form import Term, same_chain
 from reparam.passes.placing import Placement, placement, priced
 from reparam.passes.region import Blocked
 from reparam.passes.standing import Standing
@@ -57,7 +57,7 @@ def substituting(standing: Standing, bottom: fx.Node, going: Collection[fx.Node]
 def adding(standing: Standing, first: Term, second: Term, other: str) -> Inexact:
     """Why two terms of one sum that read the same tensor were not merged; `other` is the name of the first."""
     if not (same_chain(first.before, second.before) and same_chain(first.after, second.after)):
-        steps = [step for step in (*first.before, *first.after, *second.before, *second.after)]
+        steps = (*first.before, *first.after, *second.before, *second.after)
         names = " and ".join(dict.fromkeys(kind(step.node, standing.root) for step in steps))
         return Inexact(
             f"it is added to {other}, but the two read one tensor through different operations ({names})",
@@ -68,8 +68,9 @@ def adding(standing: Standing, first: Term, second: Term, other: str) -> Inexact
     both = algebra.plus(first.map, second.map)
     if isinstance(both, Inexact):
         return both
-    apart, one = [placement(term, standing.cost) for term in (first, second)], placement(
-        replace(first, map=both, otherwise=None), standing.cost
+    apart, one = (
+        [placement(term, standing.cost) for term in (first, second)],
+        placement(replace(first, map=both, otherwise=None), standing.cost),
     )
     if isinstance(one, Inexact):
         return one

@@ -29,7 +29,7 @@ from reparam.passes.standing import Standing
 
 
 def reasons(standing: Standing, failed: dict[fx.Node, Inexact]) -> list[Refusal]:
-    """A refusal for each node that stays although it looks foldable. `failed` are real tensors that were not written."""
+    """A refusal for each node that stays although it looks foldable; `failed` are tensors that were not written."""
     standing.keep_apart(list(failed))
     root = standing.root
     found: dict[fx.Node, Inexact] = {}
@@ -67,18 +67,21 @@ def _is_norm(node: fx.Node, root: nn.Module) -> bool:
 
 def _beside_weights(node: fx.Node, standing: Standing) -> bool:
     """Whether a layer, or a scale of channels, is beside a node that is not affine."""
-    return any(
-        standing.is_layer(part) or (standing.is_scale(part) and standing.region.affine[part].lift.axis is not None)  # type: ignore[union-attr]
-        for other in standing.around(node)
-        for part in standing.cone(other)
-    )
+    for other in standing.around(node):
+        for part in standing.cone(other) if other in standing.region else []:
+            if standing.is_layer(part) or (standing.is_scale(part) and standing.varies_by_channel(part)):
+                return True
+        if other in standing.region.inexact:
+            return True
+    return False
 
 
 def _about_scale(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
     """A scale that was merged with nothing in front of it, and with nothing behind it."""
     root = standing.root
-    if standing.sort(node) == "layer":
+    if len(standing.terms(node)) > 1:
         yield from _about_scaled_terms(node, standing)
+        return
     if standing.sort(node) != "scale":
         return
     subject = standing.main(node)
@@ -89,7 +92,10 @@ def _about_scale(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, I
             yield subject, bordering(standing, before.borders, into)
         elif before.others and before.crossed:
             others = listed([named(other, root) for other in before.others])
-            yield subject, Inexact(f"it scales {into} together with {others}, which no layer makes that could absorb it")
+            yield (
+                subject,
+                Inexact(f"it scales {into} together with {others}, which no layer makes that could absorb it"),
+            )
         else:
             yield subject, substituting(standing, node, {*before.ends, *before.crossed}, into)
     elif behind.ends:
@@ -110,7 +116,7 @@ def _about_scale(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, I
 
 
 def _about_scaled_terms(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
-    """Scales among the terms of a sum or of a concatenation, whose other terms are layers."""
+    """Scales among the terms of a sum or of a concatenation."""
     for term in standing.terms(node):
         if term.map.is_identity or not term.map.geometry.is_diagonal:
             continue

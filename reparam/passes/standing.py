@@ -20,6 +20,7 @@ from reparam.graph.table import TABLE
 from reparam.passes.base import Cost
 from reparam.passes.cost import CostModel
 from reparam.passes.form import Form, Term
+from reparam.passes.placing import Placement, placement
 from reparam.passes.region import Blocked, Region
 from reparam.passes.search import Search
 
@@ -54,7 +55,9 @@ class Standing:
 
     def __init__(self, region: Region, search: Search, root: nn.Module, cost: CostModel) -> None:
         self.region, self.search, self.root, self.cost = region, search, root, cost
-        self._direct = {node: [user for user in region.readers(node) if not _reads_sizes(user)] for node in region.affine}
+        self._direct = {
+            node: [user for user in region.readers(node) if not _reads_sizes(user)] for node in region.affine
+        }
         self._forms: dict[fx.Node, Form | Blocked] = {}
         self.apart: set[fx.Node] = set()
 
@@ -101,7 +104,12 @@ class Standing:
         if node not in self._forms:
             self._forms[node] = self.region.form(self.cone(node), self.real)
         form = self._forms[node]
-        return form.terms if isinstance(form, Form) else ()
+        return tuple(map(self._written, form.terms)) if isinstance(form, Form) else ()
+
+    def _written(self, term: Term) -> Term:
+        """A term as it is written, if it could be written in two ways."""
+        found = placement(term, self.cost) if term.otherwise is not None else term
+        return found.term if isinstance(found, Placement) else term
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """What a real tensor is computed from."""
@@ -125,6 +133,11 @@ class Standing:
         affine = self.region.affine[node]
         one = isinstance(affine.lift, Lifted) and len(affine.operands) == 1
         return one and all(map_.has_weights and map_.geometry.is_diagonal for map_ in affine.maps)
+
+    def varies_by_channel(self, node: fx.Node) -> bool:
+        """Whether a scale has a number for each channel."""
+        lift = self.region.affine[node].lift
+        return isinstance(lift, Lifted) and lift.axis is not None
 
     def main(self, node: fx.Node) -> fx.Node:
         """What a user would call a real tensor's layer: the largest layer it is made of, else its last scale."""
@@ -150,22 +163,24 @@ class Standing:
         return self._way([term.source], backwards=True, through=False)
 
     def around(self, node: fx.Node) -> list[fx.Node]:
-        """The layers and scales beside an operation that is not affine."""
+        """The layers and scales beside an operation that is not affine; also such whose own call is not affine."""
         sources = [other for other in node.all_input_nodes if not _reads_sizes(other)]
         ways = self._way(sources, backwards=True), self._way(list(node.users), backwards=False)
         made = [other for other in self.nodes if node in self.sources(other) and self.sort(other) != "plain"]
-        return [*ways[0].ends, *ways[1].ends, *made]
+        calls = [other for way in ways for other in way.others if self._is_weighted_call(other)]
+        return [*ways[0].ends, *ways[1].ends, *made, *calls]
+
+    def _is_weighted_call(self, node: fx.Node) -> bool:
+        row = TABLE.row(node, self.root)
+        return node in self.region.inexact and row is not None and bool(row.modules) and "weight" in row.signature
 
     def scales_of(self, node: fx.Node, source: fx.Node) -> list[fx.Node]:
-        """The scales that a real tensor is made of and that are made of a source alone."""
-        cone, found = set(self.cone(node)), []
+        """The last scale that a real tensor is made of and that a source goes through; none if there is none."""
+        reached, found = {source}, []
         for part in self.cone(node):
-            value: fx.Node | None = part
-            while value is not None and value in cone:
-                operands = self.region.affine[value].operands
-                value = operands[0] if len(operands) == 1 else None
-            if value is source and self.is_scale(part):
-                found.append(part)
+            if not reached.isdisjoint(self.region.affine[part].operands):
+                reached.add(part)
+                found += [part] if self.is_scale(part) else []
         return found[-1:]
 
     def behind(self, node: fx.Node) -> Way:
