@@ -38,6 +38,12 @@ def is_split(node: fx.Node, axis: int, rank: int) -> bool:
     return name in ("chunk", "split", "tensor_split") and type(dim) is int and dim % rank == axis
 
 
+def _is_empty(node: fx.Node) -> bool:
+    tensor = info(node)
+    return tensor is not None and tensor.numel == 0
+
+
+_EMPTY = Inexact("one of its tensors has no elements")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -56,7 +62,8 @@ class LiftedGraph:
     def lift(self, node: fx.Node) -> Lift | Inexact | None:
         """What a node is, the reason why it is not affine, or None."""
         if node not in self._found:
-            self._found[node] = self._table.lift(node, self._root, self._constants, self.sizes)
+            found = self._table.lift(node, self._root, self._constants, self.sizes)
+            self._found[node] = _EMPTY if found is not None and any(map(_is_empty, (node, *node.all_input_nodes))) else found
         return self._found[node]
 
     def is_affine(self, node: fx.Node) -> bool:

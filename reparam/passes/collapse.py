@@ -10,7 +10,7 @@ chosen by `reparam.passes.search`. Nothing is approximated; what cannot be exact
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,7 @@ from reparam.passes.plan import Plan, Written, planned, write
 from reparam.passes.reasons import reasons
 from reparam.passes.region import Blocked, Region
 from reparam.passes.search import Search, merging_pays
+from reparam.passes.standing import Standing
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,28 @@ class Collapse:
         recorder = None if self.explain is None else Recorder()
         search = Search(region, root, self.cost, recorder)
         choices = [] if recorder is None else explained(search, region, root, self.cost, recorder)
-        names = _Names(graph, _going(region, search))
+        plans, failed = self._planned(search, region)
+        refusals = reasons(Standing(region, search, root, self.cost), failed)
         rewrites: list[Rewrite] = []
-        failed: dict[fx.Node, Inexact] = {}
         replaced: dict[fx.Node, fx.Node] = {}
         written: Written = {}
+        names = _Names(graph, _going(region, search, plans))
+        for node, plan in plans.items():
+            cone = search.cone(node)
+            rewrites.append(self._rewrite(plan, cone, root, search))
+            replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)), written)
+            node.replace_all_uses_with(replaced[node])
+        if self.explain is not None:
+            self.explain([not_written(made, failed[node]) if node in failed else made for node, made in choices])
+        eliminate_dead_code(graph)
+        if rewrites:
+            _relax_views(graph)
+        return rewrites, refusals
+
+    def _planned(self, search: Search, region: Region) -> tuple[dict[fx.Node, Plan], dict[fx.Node, Inexact]]:
+        """What will be written, in graph order, and the nodes that no layers can be made for."""
+        plans: dict[fx.Node, Plan] = {}
+        failed: dict[fx.Node, Inexact] = {}
         for node in sorted(search.real, key=region.order.__getitem__):
             cone = search.cone(node)
             if len(cone) == 1:
@@ -65,19 +83,9 @@ class Collapse:
             plan = form.why if isinstance(form, Blocked) else planned(form, node, self.cost)
             if isinstance(plan, Inexact):
                 failed[node] = plan
-                continue
-            if not plan.layers and all(map(search.is_view, cone)) and plan.steps == len(cone):
-                continue  # views, and nothing between them: they are what they were
-            rewrites.append(self._rewrite(plan, cone, root, search))
-            replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)), written)
-            node.replace_all_uses_with(replaced[node])
-        refusals = reasons(region, search, root, failed)
-        if self.explain is not None:
-            self.explain([not_written(made, failed[node]) if node in failed else made for node, made in choices])
-        eliminate_dead_code(graph)
-        if rewrites:
-            _relax_views(graph)
-        return rewrites, refusals
+            elif plan.layers or plan.steps != len(cone) or not all(map(search.is_view, cone)):
+                plans[node] = plan  # else views, and nothing between them: they are what they were
+        return plans, failed
 
     def _rewrite(self, plan: Plan, cone: list[fx.Node], root: nn.Module, search: Search) -> Rewrite:
         return Rewrite(
@@ -109,16 +117,17 @@ def _identity(form: Form, cone: list[fx.Node]) -> str:
     return "B(A(x)) = (BA)(x): W' = W_B W_A, b' = W_B b_A + b_B"
 
 
-def _going(region: Region, search: Search) -> set[fx.Node]:
-    """Every node that the rewrites replace."""
-    staying = {node for node in search.real if len(search.cone(node)) == 1}
+def _going(region: Region, search: Search, plans: Collection[fx.Node]) -> set[fx.Node]:
+    """Every node that the rewrites replace, and nothing else needs."""
+    going = {other for node in plans for other in search.cone(node)}
+    staying = {other for node in search.real if node not in plans for other in search.cone(node)}
     # A step of a chain is called again, for another input.
     steps = {
         node
         for node, affine in region.affine.items()
         if isinstance(affine.lift, Carried) or (isinstance(affine.lift, Lifted) and affine.lift.carried is not None)
     }
-    return set(region.affine) - staying - steps
+    return going - staying - steps
 
 
 class _Names:

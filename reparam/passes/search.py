@@ -93,7 +93,24 @@ class Search:
             if node in solutions and node not in self.forced:
                 self._try_without(node, solutions)
         self.ends = frozenset(solutions)
-        return set().union(*solutions.values())
+        return self._consistent(set().union(*solutions.values()))
+
+    def _consistent(self, real: set[fx.Node]) -> set[fx.Node]:
+        """Makes real what a chosen tensor turns out to need, beside what was chosen for others after it."""
+        checked: set[tuple[fx.Node, ...]] = set()
+        pending = True
+        while pending:
+            pending = False
+            for node in sorted(real, key=self._region.order.__getitem__):
+                cone = tuple(self._region.cone(node, real))
+                if len(cone) == 1 or cone in checked:
+                    continue
+                checked.add(cone)
+                form = self._region.form(cone)
+                if isinstance(form, Blocked) or self._unwritable(node, form, list(cone)) is not None:
+                    real |= self._solve(node, real).real
+                    pending = True
+        return real
 
     def _shared(self, nodes: list[fx.Node]) -> set[fx.Node]:
         """Nodes that reach more than one real node: each other node belongs to the one it reaches."""
