@@ -43,7 +43,8 @@ def _is_empty(node: fx.Node) -> bool:
     return tensor is not None and tensor.numel == 0
 
 
-_EMPTY = Inexact("one of its tensors has no elements")
+EMPTY = Inexact("one of its tensors has no elements")
+"""Nothing is to be gained there."""
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -63,7 +64,8 @@ class LiftedGraph:
         """What a node is, the reason why it is not affine, or None."""
         if node not in self._found:
             found = self._table.lift(node, self._root, self._constants, self.sizes)
-            self._found[node] = _EMPTY if found is not None and any(map(_is_empty, (node, *node.all_input_nodes))) else found
+            empty = found is not None and any(map(_is_empty, (node, *node.all_input_nodes)))
+            self._found[node] = EMPTY if empty else found
         return self._found[node]
 
     def is_affine(self, node: fx.Node) -> bool:

@@ -88,7 +88,7 @@ class Join:
         """The branches to join, or why there are none."""
         alone = [branch for branch in group if branch.node not in shared]
         if len(alone) < 2:
-            return Inexact("their weights are used in other calls too")
+            return Inexact("their weights are used in other calls too", "give each call a layer of its own")
         why = self._does_not_pay(alone)
         if why is not None:
             return why
@@ -104,9 +104,11 @@ class Join:
         one, fewer = self.cost.machine, len(group) - 1
         saved = fewer * one.dense(0, 0) - self.cost.of_view().seconds
         if saved < self.least * self._apart(group).seconds:
-            return Inexact(f"joining them would save less than {self.least:.0%} of their time")
+            return Inexact(f"joining them is exact, but would save less than {self.least:.0%} of their time")
         if any(_loses_on(other, group) for other in self.elsewhere):
-            return Inexact("a runtime that copies the parts of a joined layer out would be slower")
+            return Inexact(
+                "joining them is exact, but slower in a runtime that copies the parts of the joined layer out"
+            )
         return None
 
     def _apart(self, group: list[Branch]) -> Cost:

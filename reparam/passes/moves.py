@@ -79,9 +79,10 @@ class Moves:
         )
 
     def _refusal(self, run: Scaling, why: Inexact, root: nn.Module) -> Refusal:
+        refusal = Refusal(self.name, place(run.nodes[0]), kind(run.nodes[0], root), why.reason, why.remedy)
         for node in run.nodes:
-            node.meta["refused"] = True
-        return Refusal(self.name, place(run.nodes[0]), kind(run.nodes[0], root), why.reason, why.remedy)
+            node.meta["refused"] = refusal
+        return refusal
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,6 +63,11 @@ def adding(standing: Standing, first: Term, second: Term, other: str) -> Inexact
             f"it is added to {other}, but the two read one tensor through different operations ({names})",
             "let both branches read the same tensor",
         )
+    if first.axis != second.axis:
+        return Inexact(
+            f"it and {other}, to which it is added, have their channels in different axes",
+            "give both layers one channel axis",
+        )
     if len({first.map.geometry.rank, second.map.geometry.rank} - {0}) > 1:
         return Inexact(f"it and {other}, to which it is added, have different numbers of spatial axes")
     both = algebra.plus(first.map, second.map)

@@ -20,6 +20,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from reparam.algebra import Inexact
+from reparam.graph.lifted import EMPTY
 from reparam.graph.nodes import is_floating, kind, place
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal
@@ -34,7 +35,8 @@ def reasons(standing: Standing, failed: dict[fx.Node, Inexact]) -> list[Refusal]
     root = standing.root
     found: dict[fx.Node, Inexact] = {}
     for node, why in standing.region.inexact.items():
-        if is_floating(node) and (_is_norm(node, root) or _beside_weights(node, standing)):
+        beside = why is not EMPTY and _beside_weights(node, standing)
+        if is_floating(node) and (_is_norm(node, root) or beside):
             found[node] = why
     for node, why in failed.items():
         for other in standing.search.cone(node):
@@ -166,12 +168,13 @@ def _summands(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node | Non
     layers = [part for part in standing.cone(node) if standing.is_layer(part)]
     for term in terms:
         source = term.source
-        if term.map.is_identity and source in standing.real and standing.readers(source) == [node]:
+        whole = term.map.is_identity and term.columns is None
+        if whole and source in standing.real and standing.readers(source) == [node]:
             inner = standing.terms(source)
-            if len(inner) == 1:
+            if len(inner) == 1 and inner[0].rows is None:
                 branch = replace(inner[0], rows=term.rows, otherwise=None)
                 yield (standing.main(source) if standing.sort(source) == "layer" else None), branch
-            elif term.rows is None:
+            elif len(inner) > 1 and term.rows is None:
                 yield from _summands(source, standing)
         else:
             mixes = layers and not term.map.geometry.is_diagonal

@@ -19,7 +19,9 @@ _MOST_ROUNDS = 4
 
 @dataclass(frozen=True)
 class Rounds:
-    """The pass. Rewrites are those of all rounds; refusals those of the last, one for each place and operation."""
+    """The pass. Rewrites are those of all rounds; refusals those about what stands in the end, one for each place and
+    operation.
+    """
 
     moves: Moves = field(default_factory=Moves)
     collapse: Collapse = field(default_factory=Collapse)
@@ -27,13 +29,15 @@ class Rounds:
 
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
         """Rewrites the graph in place."""
-        rewrites, refused = self.moves.run(graph, root)
+        rewrites, _ = self.moves.run(graph, root)
         for _ in range(_MOST_ROUNDS):
             made, kept = self.collapse.run(graph, root)
             rewrites += made
-            again, refused = self.moves.run(graph, root)
+            again, _ = self.moves.run(graph, root)
             rewrites += again
             if not again:
                 break
+        # A later round may not look again at what an earlier one has refused to move.
+        refused = list(dict.fromkeys(node.meta["refused"] for node in graph.nodes if "refused" in node.meta))
         known = {(refusal.place, refusal.subject) for refusal in refused}
         return rewrites, refused + [refusal for refusal in kept if (refusal.place, refusal.subject) not in known]

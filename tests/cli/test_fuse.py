@@ -49,7 +49,8 @@ def model_file(tmp_path: Path) -> Path:
 
 
 def invoke(*arguments: Any) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, ["fuse", *map(str, arguments)])
+    """Runs the command on a terminal so wide that no line is wrapped."""
+    return click.testing.CliRunner(env={"COLUMNS": "200"}).invoke(main, ["fuse", *map(str, arguments)])
 
 
 QUICK = ("--input", "1x3x8x8", "--no-bench")
