@@ -205,8 +205,8 @@ def _record(count: int, seed: int, outcomes: Counter[str], seconds: float) -> st
 1 thread, {seconds:.0f} s.
 
 Each model is fused without verification and compared with the original in float64 at up to three sizes of input. Wrong:
-an error above {TOLERANCE:.0e} of the largest value in the model. Refused: the whole model, with a sentence. Invalid: the
-drawn model itself does not run.
+an error above {TOLERANCE:.0e} of the largest value in the model. Refused: the whole model, with a sentence. Invalid:
+the drawn model itself does not run.
 
 | outcome | models |
 |---|--:|
