@@ -21,15 +21,42 @@ def require_value(actual: Any, expected: Any, name: str) -> None:
         raise OtherInputError(f"this model was captured for {name}={expected!r} and cannot run with {name}={given}")
 
 
-def require_length(actual: Any, expected: int) -> None:
-    """Stands in a captured graph where the elements of an argument were taken one by one.
+def require_length(actual: Any, expected: int, where: str | None = None) -> None:
+    """Stands in a captured graph where the elements of an argument or of a tensor were taken one by one.
 
     Raises:
-        OtherInputError: the argument has another number of elements than the example had.
+        OtherInputError: there is another number of elements than the example had.
     """
     if len(actual) != expected:
         raise OtherInputError(
-            f"this model was captured for {expected} elements in an argument and cannot take {len(actual)}"
+            f"this model was captured for {expected} elements{_at(where)} and cannot take {len(actual)}; "
+            "capture it with an example of that size"
+        )
+
+
+def require_decision(actual: Any, expected: bool, where: str | None) -> None:
+    """Stands in a captured graph where a condition on sizes decided what the model does.
+
+    Raises:
+        OtherInputError: on this input it decides otherwise.
+    """
+    if bool(actual) != expected:
+        raise OtherInputError(
+            f"this model was captured for sizes that make a condition {expected}{_at(where)}, and those of this input "
+            "do not; capture it with an example of that size"
+        )
+
+
+def require_number(actual: Any, expected: float, where: str | None) -> None:
+    """Stands in a captured graph where Python used a number that depends on sizes: in `range`, `int` or an index.
+
+    Raises:
+        OtherInputError: on this input it is another number.
+    """
+    if actual != expected:
+        raise OtherInputError(
+            f"this model was captured for sizes that make a number {expected}{_at(where)}, and those of this input "
+            f"make it {actual}; capture it with an example of that size"
         )
 
 
@@ -53,3 +80,7 @@ def require_keys(actual: Mapping[Any, Any], expected: tuple[Any, ...]) -> None:
     """
     if tuple(actual) != tuple(expected):
         raise OtherInputError(f"this model was captured for the keys {list(expected)} and cannot take {list(actual)}")
+
+
+def _at(where: str | None) -> str:
+    return f" at {where}" if where else ""

@@ -24,8 +24,9 @@ from torch.nn.parameter import is_lazy
 from reparam.capture.captured import Captured, Leaves
 from reparam.capture.checks import require_value
 from reparam.capture.copying import copied
+from reparam.capture.proxies import UnfitError
 from reparam.capture.state import Memory, answers_alike
-from reparam.capture.tracer import ExecutionError, UnfitError, ValueTracer, storage_of
+from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
 from reparam.errors import CaptureError, InputError
 from reparam.inputs import ExampleInputs, Inputs
 
@@ -64,7 +65,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
     notes: tuple[str, ...] = (
         ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
     )
-    notes += _state_notes(model, inputs, traced)
+    notes += (*_size_notes(traced), *_state_notes(model, inputs, traced))
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
 
@@ -76,6 +77,7 @@ class _Traced:
         changed: what the forward changed on the model in Python.
         frozen: buffers that the graph writes to and whose values the trace depended on.
         written: addresses of the storages that the graph writes to.
+        decided: lines where sizes of the example decided what was traced.
     """
 
     root: nn.Module
@@ -83,6 +85,14 @@ class _Traced:
     changed: tuple[str, ...]
     frozen: tuple[str, ...]
     written: frozenset[int]
+    decided: tuple[str, ...]
+
+
+def _size_notes(traced: _Traced) -> tuple[str, ...]:
+    if not traced.decided:
+        return ()
+    lines = ", ".join(traced.decided[:4]) + (", ..." if len(traced.decided) > 4 else "")
+    return (f"sizes of the example decided what was captured ({lines}); where others decide otherwise, it stops",)
 
 
 def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str, ...]:
@@ -139,8 +149,9 @@ def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> 
     changed = memory.changed(tracer.written)
     memory.restore()
     vars(root).update(kept)
+    decided = dict.fromkeys(str(node.args[2]) for node in graph.nodes if node.meta.get("decides") and node.args[2])
     frozen = [name for name in sorted(tracer.read) if tracer.is_written(name)]
-    return _Traced(root, graph, tuple(changed), tuple(frozen), frozenset(tracer.written))
+    return _Traced(root, graph, tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided))
 
 
 def _capture_error(model: nn.Module, error: Exception) -> Exception:
