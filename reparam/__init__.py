@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from reparam.bench import Timing, benchmark
     from reparam.capture.load import load
     from reparam.equivalence import Comparison, verify
-    from reparam.errors import CaptureError, ExportError, InputError, NotEquivalentError, ReparamError
+    from reparam.errors import CaptureError, ExportError, InputError, NotEquivalentError, OtherInputError, ReparamError
     from reparam.export import export_archive, export_onnx
+    from reparam.graph.register import OpCall, register_linear_op, unregister_linear_op
     from reparam.passes.base import Refusal, Rewrite
     from reparam.pipeline import FuseResult, fuse
     from reparam.report import Report
@@ -27,6 +28,8 @@ _HOMES = {
     "FuseResult": "reparam.pipeline",
     "InputError": "reparam.errors",
     "NotEquivalentError": "reparam.errors",
+    "OpCall": "reparam.graph.register",
+    "OtherInputError": "reparam.errors",
     "Refusal": "reparam.passes.base",
     "ReparamError": "reparam.errors",
     "Report": "reparam.report",
@@ -37,6 +40,8 @@ _HOMES = {
     "export_onnx": "reparam.export",
     "fuse": "reparam.pipeline",
     "load": "reparam.capture.load",
+    "register_linear_op": "reparam.graph.register",
+    "unregister_linear_op": "reparam.graph.register",
     "verify": "reparam.equivalence",
 }
 
@@ -47,6 +52,8 @@ __all__ = [
     "FuseResult",
     "InputError",
     "NotEquivalentError",
+    "OpCall",
+    "OtherInputError",
     "Refusal",
     "ReparamError",
     "Report",
@@ -58,6 +65,8 @@ __all__ = [
     "export_onnx",
     "fuse",
     "load",
+    "register_linear_op",
+    "unregister_linear_op",
     "verify",
 ]
 

@@ -26,6 +26,10 @@ class ExportError(ReparamError):
     """The model cannot be written to, or read back from, an exchange format."""
 
 
+class OtherInputError(ReparamError, ValueError):
+    """A fused model was given an input for which its graph does not hold: another rank, other keys, another flag."""
+
+
 class NotEquivalentError(ReparamError):
     """The fused model does not compute what the original computes.
 

@@ -23,10 +23,12 @@ from reparam.errors import InputError, NotEquivalentError
 from reparam.graph.build import built, float64_twin, forget_float64
 from reparam.graph.count import count_operations
 from reparam.graph.normal import normalise, restore_in_place
+from reparam.graph.register import leaves
 from reparam.inputs import ExampleInputs
 from reparam.passes import Pass, pipeline
 from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.cost import cost_model
+from reparam.passes.explain import Choices
 from reparam.report import OperationCounts, Report
 
 Progress = Callable[[str], None]
@@ -53,6 +55,7 @@ def fuse(
     seed: int = 0,
     objective: str = "latency",
     machine: str | None = None,
+    explain: bool = False,
     passes: Sequence[Pass] | None = None,
     progress: Progress | None = None,
 ) -> FuseResult:
@@ -72,6 +75,7 @@ def fuse(
             "macs" (multiply-adds) or "parameters". No form is chosen that is priced slower than the original.
         machine: whose prices count: "eager-cpu", "onnxruntime-cpu" or "cuda"; None is "cuda" for a model on CUDA, else
             "eager-cpu".
+        explain: also report what was compared for each region and why one form won (`report.choices`); takes longer.
         passes: the passes to run, in order, in place of the usual ones; they bring their own prices.
         progress: called with a few words when a stage starts.
 
@@ -85,13 +89,17 @@ def fuse(
     """
     level = _level(verify)
     prices = cost_model(objective, _machine_of(model) if machine is None else machine)
+    if explain and passes is not None:
+        raise InputError("explain goes with the usual passes; of your own, give the Collapse a function to call")
+    choices = Choices() if explain else None
     stages = _Stages(progress)
     with stages("capturing the graph"), _garbage_collection_paused():
-        captured = capture(model, example_inputs)
+        captured = capture(model, example_inputs, leaves())
     with stages("fusing"), _garbage_collection_paused(), torch.no_grad():
         normalise(captured.graph, captured.root)
         before = OperationCounts(**count_operations(captured.graph, captured.root))
-        rewrites, refusals = _run(captured, pipeline(prices) if passes is None else passes)
+        usual = pipeline(prices, None if choices is None else choices.add)
+        rewrites, refusals = _run(captured, usual if passes is None else passes)
         after = OperationCounts(**count_operations(captured.graph, captured.root))
         restore_in_place(captured.graph, captured.root)
         module = built(captured.root, captured.graph, model)
@@ -110,6 +118,7 @@ def fuse(
         after=after,
         rewrites=tuple(rewrites),
         refusals=tuple(refusals),
+        choices=None if choices is None else tuple(choices.made),
         comparison=comparison,
         environment=_environment(),
         seconds=stages.seconds,

@@ -43,6 +43,7 @@ class Request:
             `.pt2` are added; None is beside the model, as `NAME.fused.onnx` and `NAME.fused.pt2`.
         dtype: convert the model to this dtype first; None keeps its own.
         objective, machine: what to have least of, and on which machine; as for `reparam.fuse`.
+        explain: whether to report what was compared for each region.
         onnx, archive: which files to write.
         bench: whether to measure latency; `bench_seconds` long.
         seed: of the drawn inputs, of verification and of the order of measurements.
@@ -59,6 +60,7 @@ class Request:
     dtype: str | None = None
     objective: str = "latency"
     machine: str | None = None
+    explain: bool = False
     onnx: bool = True
     archive: bool = True
     bench: bool = True
@@ -92,6 +94,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         seed=request.seed,
         objective=request.objective,
         machine=request.machine,
+        explain=request.explain,
         progress=progress,
     )
     report = replace(

@@ -18,7 +18,6 @@ import contextlib
 import copy
 import json
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -37,7 +36,7 @@ from torch import nn  # noqa: E402
 from tools import timm_zoo  # noqa: E402
 from tools.authors_table import Row, exceptions, markdown, summary  # noqa: E402
 from tools.layer_counts import count_layers, errors, output_of  # noqa: E402
-from tools.record import first_line, write  # noqa: E402
+from tools.record import engine_revision, first_line, write  # noqa: E402
 
 FAMILIES = (
     "byobnet", "fastvit", "repvit", "repghost", "ghostnet", "levit", "efficientvit_msra",
@@ -142,14 +141,6 @@ def selected(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     return [candidate for candidate in found if candidate[2] <= args.max_parameters * 1e6]
 
 
-def revision() -> str:
-    """The commit that is measured, with `-dirty` if files under version control differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
-
-
 def save(out: Path, rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:
     """Writes `authors.json` and `authors.md`."""
     ordered = sorted(rows.values(), key=lambda row: (FAMILIES.index(row.family), row.parameters, row.model))
@@ -194,7 +185,7 @@ def main() -> int:
     todo = pending(args, rows)
     facts = {"command": "python tools/compare_authors.py", "torch": torch.__version__}
     facts["timm"] = timm_zoo.import_timm().__version__
-    version = revision()
+    version = engine_revision()
     print(f"{len(todo)} models to measure, {len(rows)} measured before", flush=True)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(measure, *candidate) for candidate in todo]

@@ -1,12 +1,12 @@
 """Fuzzes `reparam.fuse` with random models: every answer must be exact, or a refusal.
 
-    python tools/fuzz_graphs.py --count 10000 --seed 0
+    python tools/fuzz_graphs.py --count 10000 --seed 0 [--record tools/results/fuzz.md]
 
 Models are drawn as Python source (`tests/fuzz`). Each is fused without verification, so that the engine alone is
 tested, and compared with the original in float64, on the example's size and, where the original takes them, on another
 batch size and another image size. A model that fails is minimised (statements are deleted while the failure persists)
 and printed as code that can be pasted. Exit status: 0 if nothing failed, 1 otherwise. A `ReparamError` for a whole
-model is a refusal and is counted; any other exception is a failure.
+model is a refusal and is counted; any other exception is a failure. `--record` writes down what was run and found.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import reparam  # noqa: E402
 from reparam.errors import ReparamError  # noqa: E402
 from tests.fuzz.ops import Statement  # noqa: E402
 from tests.fuzz.program import Program, draw  # noqa: E402
+from tools.record import engine_revision, write  # noqa: E402
 
 TOLERANCE = 1e-10
 """Largest error that counts as rounding, relative to the largest value in the model. A float32 constant costs 1e-8."""
@@ -195,12 +196,31 @@ def _print_failure(program: Program, seed: int) -> None:
     print(small.reproduction(), flush=True)
 
 
+def _record(count: int, seed: int, outcomes: Counter[str], seconds: float) -> str:
+    """The outcome as Markdown."""
+    rows = "\n".join(f"| {kind} | {outcomes[kind]} |" for kind in ("exact", "refused", "wrong", "crash", "invalid"))
+    return f"""# Random models, fused
+
+`python tools/fuzz_graphs.py --count {count} --seed {seed}`, reparam at {engine_revision()}, torch {torch.__version__},
+1 thread, {seconds:.0f} s.
+
+Each model is fused without verification and compared with the original in float64 at up to three sizes of input. Wrong:
+an error above {TOLERANCE:.0e} of the largest value in the model. Refused: the whole model, with a sentence. Invalid:
+the drawn model itself does not run.
+
+| outcome | models |
+|---|--:|
+{rows}
+"""
+
+
 def main() -> int:
     """Runs a campaign from the command line."""
     parser = argparse.ArgumentParser(description="Fuzz reparam.fuse with random models.")
     parser.add_argument("--count", type=int, default=1000, help="models to try (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first model; the others follow (default 0)")
     parser.add_argument("--stop-after", type=int, default=5, help="failures to print before stopping (default 5)")
+    parser.add_argument("--record", type=Path, help="Markdown file for the outcome")
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -211,6 +231,8 @@ def main() -> int:
     total = sum(outcomes.values())
     summary = ", ".join(f"{count} {kind}" for kind, count in sorted(outcomes.items()))
     print(f"{total} models from seed {options.seed} in {seconds:.0f} s: {summary}")
+    if options.record is not None:
+        write(options.record, _record(options.count, options.seed, outcomes, seconds))
     return 1 if failing else 0
 
 

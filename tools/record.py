@@ -1,9 +1,14 @@
-"""What the comparison scripts write down: files in one piece, exceptions in one line."""
+"""What the comparison scripts write down: files in one piece, exceptions in one line, which engine was measured."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import subprocess
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "reparam"
 
 
 def write(path: Path, text: str) -> None:
@@ -19,3 +24,18 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__}: {text}"[:300]
+
+
+def engine_revision() -> str:
+    """The last commit that changed the package, with a digest of its source if files differ from that commit."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("log", "-1", "--format=%h", "--", PACKAGE) or "unknown"
+    if commit != "unknown" and not git("status", "--porcelain", "--", PACKAGE):
+        return commit
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{commit}-changed-{digest.hexdigest()[:8]}"

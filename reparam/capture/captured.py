@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,6 +27,19 @@ class TensorInfo:
         for size in self.shape:
             count *= size
         return count
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """What capture does not look into, besides torch's own layers and functions.
+
+    Attributes:
+        modules: classes, each for its exact instances.
+        functions: Python functions; found where a `forward` calls them by a global name.
+    """
+
+    modules: frozenset[type] = frozenset()
+    functions: tuple[Callable[..., Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,56 @@ from typing import Any
 
 import torch
 
+from reparam.errors import OtherInputError
+
 
 def require_value(actual: Any, expected: Any, name: str) -> None:
     """Stands in a captured graph where an argument was fixed to the value of the example.
 
     Raises:
-        ValueError: the argument is given another value than the one the graph was captured for.
+        OtherInputError: the argument is given another value than the one the graph was captured for.
     """
     if actual is not expected and actual != expected:
         given = "a tensor" if isinstance(actual, torch.Tensor) else repr(actual)
-        raise ValueError(f"this model was captured for {name}={expected!r} and cannot run with {name}={given}")
+        raise OtherInputError(f"this model was captured for {name}={expected!r} and cannot run with {name}={given}")
 
 
-def require_length(actual: Any, expected: int) -> None:
-    """Stands in a captured graph where the elements of an argument were taken one by one.
+def require_length(actual: Any, expected: int, where: str | None = None) -> None:
+    """Stands in a captured graph where the elements of an argument or of a tensor were taken one by one.
 
     Raises:
-        ValueError: the argument has another number of elements than the example had.
+        OtherInputError: there is another number of elements than the example had.
     """
     if len(actual) != expected:
-        raise ValueError(
-            f"this model was captured for {expected} elements in an argument and cannot take {len(actual)}"
+        raise OtherInputError(
+            f"this model was captured for {expected} elements{_at(where)} and cannot take {len(actual)}; "
+            "capture it with an example of that size"
+        )
+
+
+def require_decision(actual: Any, expected: bool, where: str | None) -> None:
+    """Stands in a captured graph where a condition on sizes decided what the model does.
+
+    Raises:
+        OtherInputError: on this input it decides otherwise.
+    """
+    if bool(actual) != expected:
+        raise OtherInputError(
+            f"this model was captured for sizes that make a condition {expected}{_at(where)}, and those of this input "
+            "do not; capture it with an example of that size"
+        )
+
+
+def require_number(actual: Any, expected: float, where: str | None) -> None:
+    """Stands in a captured graph where Python used a number that depends on sizes: in `range`, `int` or an index.
+
+    Raises:
+        OtherInputError: on this input it is another number.
+    """
+    if actual != expected:
+        raise OtherInputError(
+            f"this model was captured for sizes that make a number {expected}{_at(where)}, and those of this input "
+            f"make it {actual}; capture it with an example of that size"
         )
 
 
@@ -35,10 +64,10 @@ def require_rank(actual: torch.Tensor, expected: int) -> None:
     """Stands in a captured graph where the number of dims of a tensor decided what the model does.
 
     Raises:
-        ValueError: the tensor has another number of dims than the example gave it.
+        OtherInputError: the tensor has another number of dims than the example gave it.
     """
     if actual.dim() != expected:
-        raise ValueError(
+        raise OtherInputError(
             f"this model was captured for a tensor of {expected} dims and cannot take shape {list(actual.shape)} there"
         )
 
@@ -47,7 +76,11 @@ def require_keys(actual: Mapping[Any, Any], expected: tuple[Any, ...]) -> None:
     """Stands in a captured graph where the keys of a dict argument were asked for.
 
     Raises:
-        ValueError: the dict has other keys, or the same in another order.
+        OtherInputError: the dict has other keys, or the same in another order.
     """
     if tuple(actual) != tuple(expected):
-        raise ValueError(f"this model was captured for the keys {list(expected)} and cannot take {list(actual)}")
+        raise OtherInputError(f"this model was captured for the keys {list(expected)} and cannot take {list(actual)}")
+
+
+def _at(where: str | None) -> str:
+    return f" at {where}" if where else ""

@@ -21,11 +21,12 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from reparam.capture.captured import Captured
+from reparam.capture.captured import Captured, Leaves
 from reparam.capture.checks import require_value
 from reparam.capture.copying import copied
+from reparam.capture.proxies import UnfitError
 from reparam.capture.state import Memory, answers_alike
-from reparam.capture.tracer import ExecutionError, UnfitError, ValueTracer, storage_of
+from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
 from reparam.errors import CaptureError, InputError
 from reparam.inputs import ExampleInputs, Inputs
 
@@ -35,8 +36,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
-    """Captures `model` for inference. The model itself is not changed.
+def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Leaves()) -> Captured:
+    """Captures `model` for inference, not looking into `leaves`. The model itself is not changed.
 
     Raises:
         InputError: the model is no module, has hooks on itself, or cannot run on the example inputs.
@@ -54,17 +55,17 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
         raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
     inputs = Inputs.of(example_inputs)
     try:
-        traced = _traced(model, inputs, compute=False)
+        traced = _traced(model, inputs, leaves, compute=False)
     except ExecutionError:
         # A shape may depend on values (a selection by score): then every layer has to run.
-        traced = _traced_or_explained(model, inputs)
+        traced = _traced_or_explained(model, inputs, leaves)
     except Exception as error:
         raise _capture_error(model, error) from error
     _restore_buffers(traced, model)
     notes: tuple[str, ...] = (
         ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
     )
-    notes += _state_notes(model, inputs, traced)
+    notes += (*_size_notes(traced), *_state_notes(model, inputs, traced))
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
 
@@ -76,6 +77,7 @@ class _Traced:
         changed: what the forward changed on the model in Python.
         frozen: buffers that the graph writes to and whose values the trace depended on.
         written: addresses of the storages that the graph writes to.
+        decided: lines where sizes of the example decided what was traced.
     """
 
     root: nn.Module
@@ -83,6 +85,14 @@ class _Traced:
     changed: tuple[str, ...]
     frozen: tuple[str, ...]
     written: frozenset[int]
+    decided: tuple[str, ...]
+
+
+def _size_notes(traced: _Traced) -> tuple[str, ...]:
+    if not traced.decided:
+        return ()
+    lines = ", ".join(traced.decided[:4]) + (", ..." if len(traced.decided) > 4 else "")
+    return (f"sizes of the example decided what was captured ({lines}); where others decide otherwise, it stops",)
 
 
 def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str, ...]:
@@ -108,9 +118,9 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
     return (f"the forward changes {names} on the model; the fused model leaves it as it was",)
 
 
-def _traced_or_explained(model: nn.Module, inputs: Inputs) -> _Traced:
+def _traced_or_explained(model: nn.Module, inputs: Inputs, leaves: Leaves) -> _Traced:
     try:
-        return _traced(model, inputs, compute=True)
+        return _traced(model, inputs, leaves, compute=True)
     except ExecutionError as error:
         shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs.tensors())
         raise InputError(
@@ -121,11 +131,11 @@ def _traced_or_explained(model: nn.Module, inputs: Inputs) -> _Traced:
         raise _capture_error(model, error) from error
 
 
-def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> _Traced:
+def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> _Traced:
     root = private_copy(model)
     memory = Memory(root)
     arguments = _bound(model, inputs.clone())
-    tracer = ValueTracer(root, arguments, _fixed(model, arguments), memory, compute)
+    tracer = ValueTracer(root, arguments, _fixed(model, arguments), memory, compute, leaves)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         graph = tracer.trace(root)
@@ -139,8 +149,9 @@ def _traced(model: nn.Module, inputs: Inputs, compute: bool) -> _Traced:
     changed = memory.changed(tracer.written)
     memory.restore()
     vars(root).update(kept)
+    decided = dict.fromkeys(str(node.args[2]) for node in graph.nodes if node.meta.get("decides") and node.args[2])
     frozen = [name for name in sorted(tracer.read) if tracer.is_written(name)]
-    return _Traced(root, graph, tuple(changed), tuple(frozen), frozenset(tracer.written))
+    return _Traced(root, graph, tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided))
 
 
 def _capture_error(model: nn.Module, error: Exception) -> Exception:

@@ -1,20 +1,19 @@
 """Symbolic tracing beside a real run.
 
 Every proxy carries the value that the example inputs give it. So one pass yields the graph and all shapes, activations
-live no longer than in an ordinary forward, and a few questions have an answer while tracing: the rank of a tensor, the
-length of a shape, its type, and anything about parameters and buffers. Sizes and values of activations stay symbolic:
-control flow on them stops the trace, because it would be frozen to the example.
+live no longer than in an ordinary forward, and some questions have an answer while tracing: the rank of a tensor, its
+type, conditions on sizes, and anything about parameters and buffers. Sizes stay symbolic where they are only computed
+with. Values of activations always do: control flow on them stops the trace.
 
-What is answered from the example and could be otherwise on another input is checked when the model runs: ranks, and the
-structure of arguments that are containers (`require_rank`, `require_keys`, `require_length`, `require_value`). What a
-graph cannot hold stops the trace: random numbers and tensors written to that depend on no input, another autocast.
+What is answered from the example and could be otherwise on another input is checked when the model runs: ranks,
+conditions and loops over sizes, and the structure of arguments that are containers (`capture/checks.py`). What a graph
+cannot hold stops the trace: random numbers and tensors written to that depend on no input, another autocast.
 """
 
 from __future__ import annotations
 
 import builtins
 import operator
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,20 +25,23 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from reparam.capture.captured import TensorInfo
-from reparam.capture.checks import require_keys, require_length, require_rank, require_value
+from reparam.capture.calls import traced_calls
+from reparam.capture.captured import Leaves, TensorInfo
+from reparam.capture.checks import (
+    require_decision,
+    require_keys,
+    require_length,
+    require_number,
+    require_rank,
+    require_value,
+)
+from reparam.capture.proxies import UnfitError, ValueProxy, is_argument, is_from_argument, user_line
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
 
 View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_FACTS = ("ndim", "dtype", "device")
-_RANK_CALLS = ("dim", "ndimension", "is_floating_point", "is_complex")
-# What a proxy may be assigned.
-_OWN = ("node", "tracer", "reparam_value", "reparam_constant", "root", "attr", "_node", "_read", "__dict__")
-_OF_DICT = ("get", "keys", "values", "items")
+_SIZE_READS = ("size", "numel", "nelement", "dim", "ndimension")
 # The same view as what they are given, whatever its size, strides or dtype.
 _SAME_VIEW = (
     "dropout",
@@ -66,10 +68,6 @@ class ExecutionError(Exception):
         self.error = error
 
 
-class UnfitError(Exception):
-    """The model does something that no graph can hold; the message says what, and what to do instead."""
-
-
 class ValueTracer(fx.Tracer):
     """Tracer whose proxies carry values.
 
@@ -79,6 +77,7 @@ class ValueTracer(fx.Tracer):
         fixed: parameters of `forward` to fix to a value.
         memory: what the root holds before the trace.
         compute: whether to compute what `stand_in` knows the shape of.
+        leaves: what not to look into.
 
     Attributes:
         written: storages (their addresses) that nodes of the graph write to.
@@ -94,8 +93,10 @@ class ValueTracer(fx.Tracer):
         fixed: Mapping[str, Any],
         memory: Memory,
         compute: bool = True,
+        leaves: Leaves = Leaves(),
     ) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=leaves.functions)
+        self._leaves = leaves.modules
         self._compute = compute
         self._arguments = arguments
         self._fixed = fixed
@@ -108,6 +109,9 @@ class ValueTracer(fx.Tracer):
         self._names = {id(value): name for name, value in reversed(self._values.items())}
         self.written: set[int] = set()
         self.read: set[str] = set()
+        self._tentative: list[tuple[fx.Node, fx.Node, FrameType, int]] = []
+        self._checked: set[fx.Node] = set()
+        self._size_reads: set[fx.Node] = set()
         self._stored: dict[int, fx.Node] = {}
         self._rank_checked: set[fx.Node] = set()
         self._autocast = _autocast()
@@ -123,7 +127,8 @@ class ValueTracer(fx.Tracer):
         python = random.getstate()
         start = torch.get_rng_state()
         try:
-            graph = super().trace(root, concrete_args)
+            with traced_calls(self):
+                graph = super().trace(root, concrete_args)
             drawn = random.getstate() != python or not torch.equal(start, torch.get_rng_state())
         finally:
             random.setstate(python)
@@ -152,15 +157,17 @@ class ValueTracer(fx.Tracer):
         proxy: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
         node: fx.Node = proxy.node
         node.meta["module_path"] = self.scope.module_path
-        node.meta["source"] = _user_line()
+        node.meta["source"] = user_line()
         used: dict[fx.Node, Any] = {}
         constant: list[bool] = [True]
+        of_sizes: list[bool] = [kind in ("call_function", "call_method")]
 
         def value_of(argument: Any) -> Any:
             if isinstance(argument, fx.Proxy):
                 traced: Any = argument
                 used[argument.node] = traced.reparam_value
                 constant[0] = constant[0] and traced.reparam_constant
+                of_sizes[0] = of_sizes[0] and (traced.reparam_constant or traced.reparam_of_sizes)
                 return traced.reparam_value
             return argument
 
@@ -178,12 +185,18 @@ class ValueTracer(fx.Tracer):
         self._note_writes(node, [(other, t) for other, t, before_it in versions if seen(t) != before_it])
         proxy.reparam_value = value
         proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))
+        if _reads_sizes(kind, target, plain_args):
+            self._size_reads.add(node)
+        proxy.reparam_of_sizes = (of_sizes[0] or node in self._size_reads) and _is_of_numbers(value)
         if isinstance(value, torch.Tensor):
             node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
         elif type(value) is int:
             node.meta["number"] = value
         self._note_aliases(node, value, before)
         return proxy  # type: ignore[no-any-return]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:
         # Before any test by type: a proxy passes for an instance of its value's class.
@@ -204,7 +217,7 @@ class ValueTracer(fx.Tracer):
             self._rank_checked.add(node)
             pending += node.all_input_nodes
             tensor = node.meta.get("tensor")
-            if tensor is not None and (_is_from_argument(node) or _squeezes(node)):
+            if tensor is not None and (is_from_argument(node) or _squeezes(node)):
                 self.create_node("call_function", require_rank, (node, len(tensor.shape)), {})
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -221,34 +234,88 @@ class ValueTracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def to_bool(self, obj: Any) -> bool:
-        return bool(self.value_read(obj)) if obj.reparam_constant else super().to_bool(obj)
+        if obj.reparam_constant:
+            return bool(self.value_read(obj))
+        if not obj.reparam_of_sizes:
+            return super().to_bool(obj)
+        decision = bool(self.value_read(obj))
+        self._check(require_decision, obj, decision)
+        return decision
+
+    def number(self, obj: Any) -> Any:
+        """The value of a constant proxy, or of one that depends on sizes.
+
+        Raises:
+            TraceError: it depends on an activation.
+        """
+        if not (obj.reparam_constant or obj.reparam_of_sizes):
+            raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
+        value = self.value_read(obj)
+        if not obj.reparam_constant:
+            self._check(require_number, obj, value)
+        return value
+
+    def index(self, obj: Any, caller: FrameType) -> int:
+        """`number` for an index; `caller` is the frame that asks for it.
+
+        torch's own functions ask when they are called, and turn to the tracer then: the check is dropped again.
+        """
+        first = obj.node not in self._checked
+        value = operator.index(self.number(obj))
+        if first and obj.node in self._checked:
+            self._tentative.append((obj.node, next(reversed(self.graph.nodes)), caller, caller.f_lasti))
+        return value
+
+    def is_traced(self) -> None:
+        """A call becomes a node: what it asked for before was only to see whether its arguments fit."""
+        frames = set()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            frames.add((frame, frame.f_lasti))
+            frame = frame.f_back
+        while self._tentative:
+            asked, check, caller, instruction = self._tentative.pop()
+            if (caller, instruction) in frames and check is next(reversed(self.graph.nodes)):
+                self.graph.erase_node(check)
+                self._checked.discard(asked)
+
+    def check_length(self, obj: Any) -> None:
+        """Adds a check that a list or tensor has as many elements as in the example."""
+        container = is_argument(obj) and not isinstance(obj.reparam_value, torch.Tensor)
+        self._check(require_length, obj, len(obj.reparam_value), decides=not container)
+
+    def _check(self, require: Callable[..., None], obj: Any, expected: Any, decides: bool = True) -> None:
+        if obj.node in self._checked:
+            return
+        self._checked.add(obj.node)
+        self.create_proxy("call_function", require, (obj, expected, user_line()), {}).node.meta["decides"] = decides
 
     def value_read(self, obj: Any) -> Any:
-        """The value of a constant proxy, noted as one that the trace depends on."""
+        """The value of a proxy that depends on no activation; the trace depends on the constants in it."""
         pending, seen = [obj.node], set()
         while pending:
             node = pending.pop()
             if node.op == "get_attr":
                 self.read.add(str(node.target))
             seen.add(node)
-            pending += [other for other in node.all_input_nodes if other not in seen]
+            if node not in self._size_reads:
+                pending += [other for other in node.all_input_nodes if other not in seen]
         return obj.reparam_value
 
     def iter(self, obj: Any) -> Iterator[Any]:
         value = obj.reparam_value
-        if _is_argument(obj) and isinstance(value, dict):
+        if is_argument(obj) and isinstance(value, dict):
             return builtins.iter(self.keys(obj))
-        if _is_argument(obj) and isinstance(value, (tuple, list)):
-            self.create_proxy("call_function", require_length, (obj, len(value)), {})
-            return builtins.iter([obj[index] for index in range(len(value))])
         if isinstance(value, torch.Size):
             self.check_rank(obj)
-        if isinstance(value, torch.Size) or obj.reparam_constant:
-            return builtins.iter([obj[index] for index in range(len(value))])
-        return super().iter(obj)
+        elif not obj.reparam_constant and isinstance(value, (tuple, list, torch.Tensor)):
+            self.check_length(obj)
+        elif not obj.reparam_constant:
+            return super().iter(obj)
+        return builtins.iter([obj[index] for index in range(len(value))])
 
     def keys(self, obj: Any) -> Any:
-        if _is_argument(obj) and isinstance(obj.reparam_value, dict):
+        if is_argument(obj) and isinstance(obj.reparam_value, dict):
             self.create_proxy("call_function", require_keys, (obj, tuple(obj.reparam_value)), {})
             return list(obj.reparam_value)
         return super().keys(obj)
@@ -362,190 +429,9 @@ class ValueTracer(fx.Tracer):
         return name.rstrip("_123d") in names or name in names
 
 
-class ValueProxy(fx.Proxy):
-    """Proxy with the value that the example inputs give it.
-
-    Attributes:
-        reparam_value: the value.
-        reparam_constant: whether it depends on parameters and buffers only.
-    """
-
-    tracer: Any
-    reparam_value: Any = None
-    reparam_constant: bool = False
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The class of the value: a model that asks `isinstance(x, torch.Tensor)` has to get its answer."""
-        return type(self.reparam_value)
-
-    def __getattr__(self, k: str) -> Any:
-        return _attribute_of(self, k)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _OWN:
-            raise UnfitError(f"a graph cannot hold the assignment of {name!r} to a tensor; write out of place")
-        object.__setattr__(self, name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        value = self.reparam_value
-        if isinstance(value, (tuple, list, dict)) and type(key) in (int, str, bool):
-            try:
-                item = value[key]
-            except (IndexError, KeyError) as error:
-                if _is_argument(self):
-                    raise fx.proxy.TraceError(f"the example has no {key!r} in an argument") from error
-                raise
-            if item is None and not _is_argument(self):
-                return None
-            if item is None or type(item) in (bool, str):
-                proxy = self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
-                self.tracer.create_proxy("call_function", require_value, (proxy, item, f"[{key!r}]"), {})
-                return item
-        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
-
-    def __contains__(self, key: Any) -> bool:
-        if _is_argument(self) and isinstance(self.reparam_value, dict):
-            return key in self.tracer.keys(self)
-        return any(item is key or item == key for item in self)
-
-    def __len__(self) -> int:
-        if _is_argument(self) and isinstance(self.reparam_value, (tuple, list, dict)):
-            length = len(self.reparam_value)
-            self.tracer.create_proxy("call_function", require_length, (self, length), {})
-            return length
-        if isinstance(self.reparam_value, torch.Size):
-            self.tracer.check_rank(self)
-            return len(self.reparam_value)
-        if self.reparam_constant:
-            return len(self.reparam_value)
-        return int(super().__len__())
-
-    def __int__(self) -> int:
-        return int(self._constant_value())
-
-    def __float__(self) -> float:
-        return float(self._constant_value())
-
-    def _constant_value(self) -> Any:
-        if not self.reparam_constant:
-            raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
-        return self.tracer.value_read(self)
-
-
-class ValueAttribute(fx.proxy.Attribute):
-    """Attribute of a value proxy: a call of a method, or a read that becomes a node when it is used."""
-
-    tracer: Any
-
-    def __init__(self, root: Any, attr: str) -> None:
-        super().__init__(root, attr)
-        self._read: Any = None
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The class of the value, as for `ValueProxy`."""
-        return type(self.reparam_value)
-
-    def _root_value(self) -> Any:
-        return self.root.reparam_value
-
-    @property
-    def reparam_value(self) -> Any:
-        return getattr(self._root_value(), self.attr)
-
-    @property
-    def reparam_constant(self) -> bool:
-        return bool(self.root.reparam_constant)
-
-    def __getattr__(self, k: str) -> Any:
-        return _attribute_of(self, k)
-
-    __setattr__ = ValueProxy.__setattr__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.attr in _RANK_CALLS and not args and not kwargs and _is_tensor(self.root):
-            if self.attr in ("dim", "ndimension"):
-                self.tracer.check_rank(self.root)
-            return getattr(self.root.reparam_value, self.attr)()
-        if self.attr in _OF_DICT and type(self._root_value()) is dict and _is_argument(self.root):
-            return self._of_dict(*args, **kwargs)
-        return super().__call__(*args, **kwargs)
-
-    def _of_dict(self, *args: Any) -> Any:
-        """`get`, `keys`, `values`, `items` of a dict argument, whose keys the example fixes."""
-        argument: Any = self.root
-        present = self.tracer.keys(argument)
-        if self.attr == "get":
-            return argument[args[0]] if args[0] in present else args[1] if len(args) > 1 else None
-        if self.attr == "keys":
-            return present
-        return [argument[key] if self.attr == "values" else (key, argument[key]) for key in present]
-
-    def __len__(self) -> int:
-        value: Any = self.reparam_value
-        if type(value) is torch.Size:
-            self.tracer.check_rank(self.root)
-            return len(value)
-        return int(super().__len__())
-
-    def __eq__(self, other: object) -> Any:
-        if self.attr in _FACTS and _is_tensor(self.root):
-            return self.reparam_value == getattr(other, "reparam_value", other)
-        return super().__eq__(other)
-
-    def __ne__(self, other: object) -> Any:
-        if self.attr in _FACTS and _is_tensor(self.root):
-            return self.reparam_value != getattr(other, "reparam_value", other)
-        return super().__ne__(other)
-
-    __hash__ = fx.proxy.Attribute.__hash__
-
-
-def _is_argument(proxy: Any) -> bool:
-    """Whether it is an argument of the model (`*args` and lists among them) or part of one that is a container."""
-    return not isinstance(proxy, fx.proxy.Attribute) and _is_from_argument(proxy.node)
-
-
-def _is_from_argument(node: fx.Node) -> bool:
-    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-        if "tensor" in node.meta:
-            return False
-    return node.op == "placeholder"
-
-
 def _squeezes(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_function", "call_method") and name in ("squeeze", "squeeze_")
-
-
-def _is_tensor(proxy: Any) -> bool:
-    return isinstance(proxy.reparam_value, torch.Tensor)
-
-
-def _attribute_of(proxy: Any, name: str) -> Any:
-    value = proxy.reparam_value
-    if name == "ndim" and isinstance(value, torch.Tensor):
-        proxy.tracer.check_rank(proxy)
-        return value.ndim
-    if name.startswith("__") and name.endswith("__"):
-        raise AttributeError(name)
-    return None if getattr(value, name) is None else ValueAttribute(proxy, name)
-
-
-def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    """`x += y` as Python runs it on tensors: in place. A plain proxy would trace `x = x + y` and lose x's aliases."""
-
-    def apply(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return apply
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow"):
-    for _class in (ValueProxy, ValueAttribute):
-        setattr(_class, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 def _attribute(root: nn.Module, target: str) -> Any:
@@ -593,14 +479,13 @@ def _view(tensor: torch.Tensor) -> View:
     return (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
-def _user_line() -> str | None:
-    """`file.py:line` of the innermost frame that is neither torch's nor ours."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        if filename.startswith(_HERE) and not frame.f_code.co_name.startswith("_") and "/capture/" not in filename:
-            return None
-        if not filename.startswith((_TORCH, _HERE)):
-            return None if filename.startswith("<") else f"{os.path.basename(filename)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return None
+def _reads_sizes(kind: str, target: Any, args: tuple[Any, ...]) -> bool:
+    named = (target is getattr and args[1] == "shape") or (kind == "call_method" and target in _SIZE_READS)
+    return named and isinstance(args[0], torch.Tensor)
+
+
+def _is_of_numbers(value: Any) -> bool:
+    """Whether it is a Python number, or a list of such."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_of_numbers, value))
+    return type(value) in (int, float, bool)

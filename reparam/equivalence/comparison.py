@@ -96,7 +96,8 @@ class CaseResult:
         name: what the inputs are (`example`, `random normal`, ...).
         seed: of the generator that drew the inputs; None where nothing was drawn.
         shapes: of the input tensors, in order.
-        status: `skipped` if the original itself cannot run the case or the budget is spent (the notes say which);
+        status: `skipped` if the original itself cannot run the case, the candidate refuses it with an
+            `OtherInputError`, or the budget is spent (the notes say which);
             `no evidence` if both models gave the same non-finite values, or nothing could be told from the noise.
         outputs: one per output.
         failures, notes: sentences.

@@ -30,7 +30,7 @@ from reparam.equivalence.precision import (
     rounding_failures,
     run,
 )
-from reparam.errors import InputError
+from reparam.errors import InputError, OtherInputError
 from reparam.inputs import ExampleInputs, Inputs
 
 BUDGET = 10.0
@@ -116,7 +116,7 @@ class _Session:
 
 
 class _RefusedError(Exception):
-    """The original itself cannot run a case."""
+    """A case that cannot be compared: the original cannot run it, or the candidate says that it is not for it."""
 
 
 def _session(
@@ -166,9 +166,9 @@ def _run_slot(session: _Session, slot: Slot, budget: float) -> Ran:
         except _RefusedError as reason:
             if case.seed is None:
                 raise InputError(
-                    f"the original cannot run on the example inputs ({reason}); check their shapes and dtypes"
+                    f"the original cannot run on the example inputs: {reason}; check their shapes and dtypes"
                 ) from reason
-            notes.append(f"{case.name}: the original itself cannot run it ({reason})")
+            notes.append(f"{case.name}: {reason}")
             continue
         if not algebra and session.candidate64 is not None:
             notes.append(f"{case.name}: run in the deployment dtype only, to stay within the budget")
@@ -190,13 +190,17 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
     """Runs one case.
 
     Raises:
-        _RefusedError: the original cannot run it.
+        _RefusedError: the original cannot run it, or the candidate refuses it.
     """
     truth, original, noise = _run_original(session, case)
     result = CaseResult(case.name, case.seed, case.shapes, "failed")
     candidate64: Flat | None = None
     try:
         candidate = _call(session, session.candidate, case, None)
+    except OtherInputError as error:
+        if case.seed is not None:
+            raise _RefusedError(f"the candidate refuses it ({str(error).rstrip('.')})") from error
+        return Ran(replace(result, failures=(f"the candidate refuses the example ({error})",)), truth)
     except Exception as error:
         sentence = f"the candidate cannot run it, the original can ({first_line(error)})"
         return Ran(replace(result, failures=(sentence,)), truth)
@@ -225,7 +229,7 @@ def _run_original(session: _Session, case: Case) -> tuple[Flat, Flat | None, Fla
         original = None if session.original is None else _call(session, session.original, case, None)
         truth = _call(session, session.original64, case, torch.float64)
     except Exception as error:
-        raise _RefusedError(first_line(error)) from error
+        raise _RefusedError(f"the original itself cannot run it ({first_line(error)})") from error
     noise = None
     if session.noise is not None:
         try:

@@ -60,7 +60,7 @@ class Constants:
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return _doubled(attribute(self._root, str(node.target)))
+            return _doubled(_unrounded(node, attribute(self._root, str(node.target))))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: self._values[other])
         with torch.no_grad():
             if node.op == "call_method":
@@ -68,6 +68,12 @@ class Constants:
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
         return pytree.tree_map_only(torch.Tensor, _doubled, value)
+
+
+def _unrounded(node: fx.Node, value: Any) -> Any:
+    """The constant as it was before a pass rounded it to the model's dtype."""
+    make = node.meta.get("float64")
+    return value if make is None else getattr(make(), str(node.target).rpartition(".")[2], value)
 
 
 def _doubled(value: Any) -> Any:

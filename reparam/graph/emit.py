@@ -189,7 +189,7 @@ def _convolution(geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | 
         options["output_padding"] = tuple(high - low for low, high in geometry.padding)
         made = _blank(_CONV_TRANSPOSE[geometry.rank - 1], *channels, stride=geometry.upsampling, **options)
         flipped = transposed_weight(weight, geometry.groups).contiguous()
-        return Layer(_filled(made, flipped, bias), description=_described(made))
+        return Layer(_filled(made, flipped, bias), description=_named(geometry))
     symmetric = all(low == high and low >= 0 for low, high in geometry.padding)
     pads: tuple[int, ...] = ()
     if symmetric:
@@ -199,7 +199,7 @@ def _convolution(geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor | 
         pads = tuple(side for pair in reversed(geometry.padding) for side in pair)
     conv = _blank(_CONV[geometry.rank - 1], *channels, stride=geometry.stride, **options)
     mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
-    return Layer(_filled(conv, weight, bias), pads, mode, description=_described(conv))
+    return Layer(_filled(conv, weight, bias), pads, mode, description=_named(geometry))
 
 
 def _blank(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
@@ -216,12 +216,24 @@ def _template(cls: Any, args: tuple[Any, ...], options: tuple[tuple[str, Any], .
     return cls(*args, **dict(options), device="meta").eval()
 
 
-def _described(conv: nn.Module) -> str:
-    kernel = "x".join(map(str, conv.kernel_size))  # type: ignore[arg-type]
-    text = f"{type(conv).__name__}({conv.in_channels}, {conv.out_channels}, {kernel}"
-    if any(s > 1 for s in conv.stride):  # type: ignore[union-attr]
-        text += f", stride {'x'.join(map(str, conv.stride))}"  # type: ignore[arg-type]
-    return text + (f", groups {conv.groups})" if conv.groups != 1 else ")")
+def layer_name(geometry: Geometry, ndim: int, axis: int) -> str:
+    """What a person would call the layer of such a map on `ndim` axes with channels in `axis`."""
+    if geometry.is_diagonal:
+        return "scale"
+    if geometry.rank == 0 and axis == ndim - 1:
+        return f"Linear({geometry.in_channels}, {geometry.out_channels})"
+    return _named(geometry.with_rank(ndim - 2))
+
+
+def _named(geometry: Geometry) -> str:
+    transposed = geometry.is_transposed
+    kernel = "x".join(map(str, geometry.kernel))
+    text = f"Conv{'Transpose' if transposed else ''}{geometry.rank}d({geometry.in_channels}, "
+    text += f"{geometry.out_channels}, {kernel}"
+    stride = geometry.upsampling if transposed else geometry.stride
+    if any(s > 1 for s in stride):
+        text += f", stride {'x'.join(map(str, stride))}"
+    return text + (f", groups {geometry.groups})" if geometry.groups != 1 else ")")
 
 
 def _filled(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:

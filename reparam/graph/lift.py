@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from reparam.algebra import AffineMap, Inexact
+from reparam.errors import InputError
 from reparam.graph.constants import Constants
 from reparam.graph.nodes import info, module_of, pinned
 from reparam.graph.sizes import Dims, Sizes
@@ -103,7 +104,8 @@ Lift: TypeAlias = "One | Either"
 
 def is_view(lift: One) -> bool:
     """Whether it only looks at its operand in another way, and moves no bytes."""
-    return isinstance(lift, Sliced) or (isinstance(lift, Carried) and lift.free)
+    carried = lift.carried if isinstance(lift, Lifted) else lift
+    return isinstance(lift, Sliced) or (isinstance(carried, Carried) and carried.free)
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,16 @@ class Call:
         return () if tensor is None else tensor.shape
 
 
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True)
-class Row:
-    """One operation of the lift table.
+class CallRow(Generic[Found]):
+    """One operation of a table.
 
     Attributes:
         name: what the operation is.
-        lift: the formula.
+        lift: the formula: what the table knows of a call.
         signature: argument names, in order, of the function and method spellings.
         modules: module classes, by exact type, and how to read the arguments off such a module.
         calls: functions, and names of tensor methods, that spell it.
@@ -159,7 +164,7 @@ class Row:
     """
 
     name: str
-    lift: Callable[[Call], Lift | Inexact | None]
+    lift: Callable[[Call], Found | Inexact | None]
     signature: tuple[str, ...]
     calls: tuple[Any, ...] = ()
     modules: tuple[type[nn.Module], ...] = ()
@@ -168,36 +173,59 @@ class Row:
     spread: bool = False
 
 
-class LiftTable:
+class CallTable(Generic[Found]):
     """Finds the row of a node and applies it."""
 
-    def __init__(self, rows: tuple[Row, ...]) -> None:
+    def __init__(self, rows: tuple[CallRow[Found], ...]) -> None:
         self._by_module = {cls: row for row in rows for cls in row.modules}
         self._by_call = {call: row for row in rows for call in row.calls}
 
-    def row(self, node: fx.Node, root: nn.Module) -> Row | None:
+    def add(self, row: CallRow[Found]) -> None:
+        """Adds a row.
+
+        Raises:
+            InputError: one of its spellings has a row already.
+        """
+        for spelling in (*row.calls, *row.modules):
+            there = self._by_call.get(spelling) or self._by_module.get(spelling)
+            if there is not None:
+                raise InputError(f"{row.name} is in the lift table already: {there.name}")
+        self._by_call.update(dict.fromkeys(row.calls, row))
+        self._by_module.update(dict.fromkeys(row.modules, row))
+
+    def remove(self, row: CallRow[Found]) -> None:
+        """Takes back a row that was added."""
+        for call in row.calls:
+            del self._by_call[call]
+        for cls in row.modules:
+            del self._by_module[cls]
+
+    def row(self, node: fx.Node, root: nn.Module) -> CallRow[Found] | None:
         """The row for a node, or None if the operation has none."""
         if node.op == "call_module":
             return self._by_module.get(plain_type(module_of(node, root)))
         return self._by_call.get(node.target) if node.op in ("call_function", "call_method") else None
 
-    def lift(self, node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes) -> Lift | Inexact | None:
-        """What the node is, the reason why it is not affine, or None if it is no operation of the table."""
+    def lift(self, node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes) -> Found | Inexact | None:
+        """What the table knows of the node, the reason why nothing, or None if it is no operation of the table."""
         row = self.row(node, root)
         if row is None or node in constants:
             return None
+        if isinstance(decided := node.meta.get("stays"), Inexact):  # an earlier pass needs it where it is
+            return decided
         inexact = _untouchable(node, root)
         if inexact is not None:
             return None if row.raw else inexact
         if row.raw:
             return _lift_raw(row, node, root, constants, sizes)
-        known = row.signature[:1] if node.op == "call_module" else row.signature
+        # A row with function spellings too gets all but its input from the module itself.
+        known = row.signature[:1] if node.op == "call_module" and row.calls else row.signature
         if len(node.args) > len(known) or not set(node.kwargs) <= {*known, *_HARMLESS}:
             return Inexact("it is called with further arguments", "call it with its input alone")
         arguments: dict[str, Any] = dict(zip(row.signature, node.args, strict=False))
         arguments.update(node.kwargs)
         if node.op == "call_module":
-            arguments.update(row.read_module(module_of(node, root)))
+            arguments.update(row.read_module(_unrounded(node, root)))
         for name, value in arguments.items():
             if isinstance(value, fx.Node) and value in constants:
                 arguments[name] = constants.value(value)
@@ -210,7 +238,9 @@ class LiftTable:
         return row.lift(Call(node, arguments, root, sizes, constants))
 
 
-def _lift_raw(row: Row, node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes) -> Lift | Inexact | None:
+def _lift_raw(
+    row: CallRow[Found], node: fx.Node, root: nn.Module, constants: Constants, sizes: Sizes
+) -> Found | Inexact | None:
     args = node.args
     if row.spread and len(args) > 1 and not isinstance(args[1], (tuple, list)):
         args = (args[0], args[1:])
@@ -222,7 +252,16 @@ def _lift_raw(row: Row, node: fx.Node, root: nn.Module, constants: Constants, si
     return row.lift(Call(node, arguments, root, sizes, constants))
 
 
+Row = CallRow[Lift]
+LiftTable = CallTable[Lift]
+
 _HARMLESS = {"alpha", "rounding_mode", "value", "inplace"}
+
+
+def _unrounded(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The module a node calls; as it was before it was rounded to the model's dtype, if a pass made it."""
+    make = node.meta.get("float64")
+    return module_of(node, root) if make is None else getattr(make(), "module", None) or module_of(node, root)
 
 
 def plain_type(module: nn.Module | None) -> type:
@@ -243,9 +282,8 @@ def _untouchable(node: fx.Node, root: nn.Module) -> Inexact | None:
         if operand is not None and operand.dtype.is_floating_point and operand.dtype != tensor.dtype:
             return Inexact("it converts between floating-point types", "run the model in one type")
     module = module_of(node, root)
-    if module is not None:
-        return _module_hides_something(module)
-    return None
+    parts = () if module is None else module.modules() if module._modules else (module,)
+    return next((found for part in parts if (found := _module_hides_something(part)) is not None), None)
 
 
 def _module_hides_something(module: nn.Module) -> Inexact | None:

@@ -7,7 +7,7 @@ from torch import fx, nn
 from reparam.algebra import Inexact
 from reparam.graph.constants import Constants
 from reparam.graph.lift import Carried, Concatenated, Either, Lift, Lifted, LiftTable, Sliced
-from reparam.graph.nodes import info, kind
+from reparam.graph.nodes import info, kind, module_of
 from reparam.graph.sizes import Dims, Size, Sizes, own_sizes
 
 _NAMES = """
@@ -21,6 +21,33 @@ _KEEPS_SIZES = frozenset(_NAMES.split())
 """Operations whose result is as large as what they read first, by the names of functions, methods and classes."""
 
 
+def features(node: fx.Node, root: nn.Module, rank: int, axis: int) -> int | None:
+    """How many channels in an axis a layer with weights demands of its input; None if it demands nothing there."""
+    module = module_of(node, root)
+    if isinstance(module, nn.Linear):
+        return module.in_features if axis == rank - 1 else None
+    if axis != 1 or not isinstance(module, (*_CONVS, nn.modules.batchnorm._BatchNorm)):
+        return None
+    return module.in_channels if isinstance(module, _CONVS) else module.num_features
+
+
+def is_split(node: fx.Node, axis: int, rank: int) -> bool:
+    """Whether a node divides its input along an axis."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    return name in ("chunk", "split", "tensor_split") and type(dim) is int and dim % rank == axis
+
+
+def _is_empty(node: fx.Node) -> bool:
+    tensor = info(node)
+    return tensor is not None and tensor.numel == 0
+
+
+EMPTY = Inexact("one of its tensors has no elements")
+"""Nothing is to be gained there."""
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
 class LiftedGraph:
     """Lifts nodes, each once.
 
@@ -31,12 +58,14 @@ class LiftedGraph:
     def __init__(self, graph: fx.Graph, root: nn.Module, table: LiftTable, constants: Constants) -> None:
         self._root, self._table, self._constants = root, table, constants
         self._found: dict[fx.Node, Lift | Inexact | None] = {}
-        self.sizes = Sizes(graph, self._sizes)
+        self.sizes = Sizes(graph, self._sizes, self._demanded)
 
     def lift(self, node: fx.Node) -> Lift | Inexact | None:
         """What a node is, the reason why it is not affine, or None."""
         if node not in self._found:
-            self._found[node] = self._table.lift(node, self._root, self._constants, self.sizes)
+            found = self._table.lift(node, self._root, self._constants, self.sizes)
+            empty = found is not None and any(map(_is_empty, (node, *node.all_input_nodes)))
+            self._found[node] = EMPTY if empty else found
         return self._found[node]
 
     def is_affine(self, node: fx.Node) -> bool:
@@ -44,7 +73,29 @@ class LiftedGraph:
         found = self.lift(node)
         return found is not None and not isinstance(found, Inexact)
 
+    def _demanded(self, node: fx.Node, axis: int) -> int | None:
+        """The size of an axis that a layer with weights demands, which reads the tensor or all parts of its split."""
+        shape = info(node).shape  # type: ignore[union-attr]
+        if axis not in (1, len(shape) - 1):
+            return None
+        for user in node.users:
+            if user.args[:1] != (node,):
+                continue
+            size = features(user, self._root, len(shape), axis)
+            if size is None and info(user) is None and user.users and is_split(user, axis, len(shape)):
+                parts = [self._demanded_part(part, len(shape), axis) for part in user.users]
+                size = shape[axis] if None not in parts and sum(filter(None, parts)) == shape[axis] else None
+            if size == shape[axis]:
+                return size
+        return None
+
+    def _demanded_part(self, part: fx.Node, rank: int, axis: int) -> int | None:
+        return next((size for user in part.users if (size := features(user, self._root, rank, axis)) is not None), None)
+
     def _sizes(self, node: fx.Node, sizes: Sizes) -> Dims | None:
+        module = module_of(node, self._root)
+        if isinstance(module, (*_CONVS, nn.Linear, nn.modules.batchnorm._BatchNorm)):
+            return _layer_sizes(node, module, sizes)  # without reading its weights
         found = self.lift(node)
         if isinstance(found, Either):
             found = next((option for option in found.options if isinstance(option, Carried)), found.options[0])
@@ -62,6 +113,29 @@ class LiftedGraph:
             first = node.all_input_nodes[0]
             return sizes.dims(first) if info(first) is not None else None
         return None
+
+
+def _layer_sizes(node: fx.Node, layer: nn.Module, sizes: Sizes) -> Dims | None:
+    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+        return None
+    dims = list(sizes.dims(node.args[0]))
+    own = own_sizes(node)
+    if len(dims) != len(own) or len(dims) < 2:
+        return None
+    if isinstance(layer, nn.Linear):
+        dims[-1] = Size(layer.out_features)
+    elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        dims[1] = Size(layer.num_features)
+    elif isinstance(layer, _CONVS) and len(dims) == len(layer.kernel_size) + 2:
+        dims[1] = Size(layer.out_channels)
+        for axis, kernel in enumerate(layer.kernel_size):
+            reach = layer.dilation[axis] * (kernel - 1)
+            kept = layer.padding == "same" or (not layer.transposed and 2 * int(layer.padding[axis]) == reach)
+            if not kept or layer.stride[axis] != 1:
+                dims[axis + 2] = own[axis + 2]
+    else:
+        return None
+    return tuple(dims)
 
 
 def _mapped(node: fx.Node, found: Lifted, sizes: Sizes) -> Dims:

@@ -69,10 +69,17 @@ class Sizes:
     Args:
         graph: the graph.
         rule: the sizes of a node's tensor as its operation tells them, or None for a node it knows nothing about.
+        demanded: the size of an axis that an operation which reads the tensor demands, or None.
     """
 
-    def __init__(self, graph: fx.Graph, rule: Callable[[fx.Node, Sizes], Dims | None]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        rule: Callable[[fx.Node, Sizes], Dims | None],
+        demanded: Callable[[fx.Node, int], int | None],
+    ) -> None:
         self._rule = rule
+        self._demanded = demanded
         self._dims: dict[fx.Node, Dims] = {}
         self._pending = iter(list(graph.nodes))
 
@@ -90,9 +97,10 @@ class Sizes:
         if node.op == "get_attr":
             return tuple(Size(size) for size in shape)
         found = self._rule(node, self) if shape else None
-        if found is not None and _fits(found, shape):
-            return found
-        return own_sizes(node)
+        dims = found if found is not None and _fits(found, shape) else own_sizes(node)
+        # On any other input the original fails: a layer with weights reads it.
+        wanted = [self._demanded(node, axis) if dims[axis].atoms else None for axis in range(len(shape))]
+        return tuple(size if number is None else Size(number) for size, number in zip(dims, wanted, strict=True))
 
     def value(self, argument: Any) -> Size | None:
         """The size that an argument stands for: a number, or a node that computes one. None if it is neither."""
@@ -119,10 +127,10 @@ def size_read(node: fx.Node) -> Atom | None:
     if node.op == "call_method" and node.target == "size" and (len(node.args) == 2 or "dim" in node.kwargs):
         tensor, axis = node.args[0], node.args[1] if len(node.args) == 2 else node.kwargs["dim"]
     elif node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        read = shape_read(node.args[0])
-        if read is None:
+        read, axes = _axes_read(node.args[0])
+        if read is None or type(node.args[1]) is not int or not -len(axes) <= node.args[1] < len(axes):
             return None
-        tensor, axis = read, node.args[1]
+        tensor, axis = read, axes[node.args[1]]
     else:
         return None
     known = info(tensor) if isinstance(tensor, fx.Node) else None
@@ -137,6 +145,21 @@ def shape_read(node: fx.Node) -> fx.Node | None:
         node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
     )
     return node.args[0] if reads and isinstance(node.args[0], fx.Node) else None
+
+
+def _axes_read(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
+    """The tensor some of whose sizes a node reads, and the axes (`x.shape`, `x.shape[:2]`)."""
+    whole = shape_read(node)
+    if whole is not None:
+        tensor = info(whole)
+        return (None, []) if tensor is None else (whole, list(range(len(tensor.shape))))
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        part = node.args[1]
+        if isinstance(part, slice) and shape_read(node.args[0]) is not None:
+            tensor_read, axes = _axes_read(node.args[0])
+            if all(value is None or type(value) is int for value in (part.start, part.stop, part.step)):
+                return tensor_read, axes[part]
+    return None, []
 
 
 def spell_out(graph: fx.Graph) -> None:
@@ -195,8 +218,8 @@ def read_elsewhere(graph: fx.Graph, sizes: Sizes, affine: Callable[[fx.Node], bo
         for axis, size in enumerate(sizes.dims(other)) if stays is not None else ():
             if size not in holders or (stays and not holders[size][0]):
                 holders[size] = (bool(stays), other, axis)
-    for other in list(graph.nodes):
-        if not other.users and shape_read(other) is not None:
+    for other in reversed(list(graph.nodes)):
+        if not other.users and other.op != "output" and _axes_read(other)[0] is not None:
             graph.erase_node(other)
 
 
@@ -204,7 +227,7 @@ def _stays(node: fx.Node, affine: Callable[[fx.Node], bool]) -> bool | None:
     """Whether a tensor exists in any case; None if it is one that a single operation reads, which may well go."""
     if not affine(node):
         return True
-    readers = [user for user in node.users if size_read(user) is None and shape_read(user) is None]
+    readers = [user for user in node.users if size_read(user) is None and _axes_read(user)[0] is None]
     if any(not affine(user) for user in readers):
         return True
     return False if len(readers) > 1 else None

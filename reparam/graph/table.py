@@ -1,7 +1,7 @@
 """The lift table: one row for each linear operation, with all its spellings.
 
-A new linear operation is one row here and one formula in `reparam.graph.formulas`; the docs show an example. A table of
-other rows can be given to the passes that use it.
+A new linear operation is one row here and one formula in `reparam.graph.formulas`; docs/extending.md shows an example.
+Rows are added from outside by `reparam.graph.register`. A table of other rows can be given to the passes that use it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def _read_padding(mode: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _reader(*names: str) -> Callable[[Any], dict[str, Any]]:
-    return lambda module: {name: _read(module, name) for name in names}
+    return lambda module: {name: read_attribute(module, name) for name in names}
 
 
-def _read(module: nn.Module, name: str) -> Any:
+def read_attribute(module: nn.Module, name: str) -> Any:
+    """An attribute of a module as its formula gets it: a parametrised one is computed, None if there is none."""
     if parametrize.is_parametrized(module, name):
         # The weight is an expression of others; like every merged weight it is computed in float64.
         with torch.no_grad():
@@ -60,6 +61,8 @@ _REARRANGEMENTS = (
         (torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"),
         raw=True,
     ),
+    Row("moved axis", carriers.movedim, ("input", "source", "destination"), (torch.movedim, "movedim"), raw=True),
+    Row("transposition", carriers.attribute, ("input", "name"), (getattr,), raw=True),
     Row(
         "reshape",
         channels.reshape,
@@ -209,4 +212,4 @@ ROWS: tuple[Row, ...] = (
 
 TABLE = LiftTable(ROWS)
 
-__all__ = ["ROWS", "TABLE"]
+__all__ = ["ROWS", "TABLE", "read_attribute"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import fx, nn
 
-from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.base import Choice, Refusal, Rewrite
 from reparam.passes.collapse import Collapse
 from reparam.passes.cost import CostModel
 from reparam.passes.inference_form import InferenceForm
+from reparam.passes.join import Join
+from reparam.passes.rounds import Rounds
 
 
 class Pass(Protocol):
@@ -21,11 +24,13 @@ class Pass(Protocol):
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]: ...
 
 
-def pipeline(cost: CostModel) -> tuple[Pass, ...]:
-    """The passes in order, choosing by `cost`."""
+def pipeline(cost: CostModel, explain: Callable[[list[Choice]], None] | None = None) -> tuple[Pass, ...]:
+    """The passes in order, choosing by `cost`; `explain` is called with the choices of each collapse."""
     return (
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
-        Collapse(cost=cost),
+        # moves, then the collapse, which merges what they brought together; again if that allows more moves
+        Rounds(collapse=Collapse(cost=cost, explain=explain)),
+        Join(cost=cost),  # last: by now a layer and its BatchNorm, or a sum of branches, are one
     )
 
 

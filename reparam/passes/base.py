@@ -1,4 +1,4 @@
-"""The two values a pass answers with: a `Rewrite` for what it did, a `Refusal` for what it left."""
+"""The values a pass answers with: a `Rewrite` for what it did, a `Refusal` for what it left, a `Choice` for why."""
 
 from __future__ import annotations
 
@@ -109,4 +109,58 @@ class Refusal:
         return {**asdict(self), "where": self.where}
 
 
-__all__ = ["Cost", "Place", "Refusal", "Rewrite"]
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a region.
+
+    Attributes:
+        description: what it is (`as it is: Conv2d + BatchNorm2d`, `one layer: Conv2d(64, 64, 3x3)`).
+        cost: its price for the example inputs' sizes; None if it cannot be computed this way.
+        excluded: why it was ruled out whatever it costs; empty if it was not.
+    """
+
+    description: str
+    cost: Cost | None
+    excluded: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The candidate as plain JSON types. Its seconds are called what they are, an estimate."""
+        cost = None if self.cost is None else asdict(self.cost)
+        if cost is not None:
+            cost["estimated_seconds"] = cost.pop("seconds")
+        return {"description": self.description, "cost": cost, "excluded": self.excluded}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search compared at one place, and what it took.
+
+    Attributes:
+        place: the operation whose value all candidates compute; for a tensor with several readers, that tensor.
+        candidates: the original first.
+        chosen: index of the one that was taken.
+        why: one clause: why it was.
+        objective, machine: what there should be least of, and whose prices those of the candidates are.
+        part: whether it is about a part of a region that another choice cut.
+    """
+
+    place: Place
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    why: str
+    objective: str
+    machine: str
+    part: bool = False
+
+    @property
+    def where(self) -> str:
+        """Qualified module name and source line, for people."""
+        return str(self.place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choice as plain JSON types."""
+        candidates = [candidate.to_dict() for candidate in self.candidates]
+        return {**asdict(self), "candidates": candidates, "where": self.where}
+
+
+__all__ = ["Candidate", "Choice", "Cost", "Place", "Refusal", "Rewrite"]

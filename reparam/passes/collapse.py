@@ -10,6 +10,7 @@ chosen by `reparam.passes.search`. Nothing is approximated; what cannot be exact
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -23,21 +24,24 @@ from reparam.graph.nodes import described, info, module_of, pinned, place
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.sizes import read_elsewhere, spell_out
 from reparam.graph.table import TABLE
-from reparam.passes.base import Cost, Refusal, Rewrite
+from reparam.passes.base import Choice, Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
+from reparam.passes.explain import Recorder, explained, not_written
 from reparam.passes.form import Form
 from reparam.passes.plan import Plan, Written, planned, write
 from reparam.passes.reasons import reasons
 from reparam.passes.region import Blocked, Region
 from reparam.passes.search import Search, merging_pays
+from reparam.passes.standing import Standing
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """The pass. `table` says what is affine, `cost` what is cheap."""
+    """The pass. `table` says what is affine, `cost` what is cheap; `explain` is called with the choices of each run."""
 
     table: LiftTable = TABLE
     cost: CostModel = field(default_factory=CostModel)
+    explain: Callable[[list[Choice]], None] | None = None
     name = "collapse"
 
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
@@ -46,31 +50,42 @@ class Collapse:
         lifted = LiftedGraph(graph, root, self.table, Constants(graph, root))
         read_elsewhere(graph, lifted.sizes, lifted.is_affine)
         region = Region(graph, root, lifted, merging_pays(self.cost))
-        search = Search(region, root, self.cost)
-        names = _Names(graph, _going(region, search))
+        recorder = None if self.explain is None else Recorder()
+        search = Search(region, root, self.cost, recorder)
+        choices = [] if recorder is None else explained(search, region, root, self.cost, recorder)
+        plans, failed = self._planned(search, region)
+        refusals = reasons(Standing(region, search, root, self.cost), failed)
         rewrites: list[Rewrite] = []
-        failed: dict[fx.Node, Inexact] = {}
         replaced: dict[fx.Node, fx.Node] = {}
         written: Written = {}
-        for node in sorted(search.real, key=region.order.__getitem__):
+        names = _Names(graph, _going(region, search, plans))
+        for node, plan in plans.items():
             cone = search.cone(node)
-            if len(cone) == 1:
-                continue
-            form = region.form(cone, search.real)
-            plan = form.why if isinstance(form, Blocked) else planned(form, node, self.cost)
-            if isinstance(plan, Inexact):
-                failed[node] = plan
-                continue
-            if not plan.layers and all(map(search.is_view, cone)) and plan.steps == len(cone):
-                continue  # views, and nothing between them: they are what they were
             rewrites.append(self._rewrite(plan, cone, root, search))
             replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)), written)
             node.replace_all_uses_with(replaced[node])
-        refusals = reasons(region, search, root, failed)
+        if self.explain is not None:
+            self.explain([not_written(made, failed[node]) if node in failed else made for node, made in choices])
         eliminate_dead_code(graph)
         if rewrites:
             _relax_views(graph)
         return rewrites, refusals
+
+    def _planned(self, search: Search, region: Region) -> tuple[dict[fx.Node, Plan], dict[fx.Node, Inexact]]:
+        """What will be written, in graph order, and the nodes that no layers can be made for."""
+        plans: dict[fx.Node, Plan] = {}
+        failed: dict[fx.Node, Inexact] = {}
+        for node in sorted(search.real, key=region.order.__getitem__):
+            cone = search.cone(node)
+            if len(cone) == 1:
+                continue
+            form = region.form(cone)
+            plan = form.why if isinstance(form, Blocked) else planned(form, node, self.cost)
+            if isinstance(plan, Inexact):
+                failed[node] = plan
+            elif plan.layers or plan.steps != len(cone) or not all(map(search.is_view, cone)):
+                plans[node] = plan  # else views, and nothing between them: they are what they were
+        return plans, failed
 
     def _rewrite(self, plan: Plan, cone: list[fx.Node], root: nn.Module, search: Search) -> Rewrite:
         return Rewrite(
@@ -102,16 +117,17 @@ def _identity(form: Form, cone: list[fx.Node]) -> str:
     return "B(A(x)) = (BA)(x): W' = W_B W_A, b' = W_B b_A + b_B"
 
 
-def _going(region: Region, search: Search) -> set[fx.Node]:
-    """Every node that the rewrites replace."""
-    staying = {node for node in search.real if len(search.cone(node)) == 1}
+def _going(region: Region, search: Search, plans: Collection[fx.Node]) -> set[fx.Node]:
+    """Every node that the rewrites replace, and nothing else needs."""
+    going = {other for node in plans for other in search.cone(node)}
+    staying = {other for node in search.real if node not in plans for other in search.cone(node)}
     # A step of a chain is called again, for another input.
     steps = {
         node
         for node, affine in region.affine.items()
         if isinstance(affine.lift, Carried) or (isinstance(affine.lift, Lifted) and affine.lift.carried is not None)
     }
-    return set(region.affine) - staying - steps
+    return going - staying - steps
 
 
 class _Names:

@@ -9,10 +9,11 @@ anywhere along `before`. A convolution stands between the two.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -69,6 +70,7 @@ class Term:
         rows: which channels of the result it makes; None for all.
         stood: how many steps of `before` ran in front of the layers that the map is made of.
         otherwise: the same value as another term, for operations that are a map and a step alike.
+        memo: what was found out about this very term, by who found it.
     """
 
     source: fx.Node
@@ -81,6 +83,7 @@ class Term:
     rows: Window | None = None
     stood: int = 0
     otherwise: Term | None = None
+    memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def is_free(self) -> bool:
@@ -159,6 +162,8 @@ def mapped(form: Form, g: AffineMap, pays: Merge) -> Form | Inexact:
         if isinstance(found, Inexact):
             return found
         terms = with_term(terms, found, pays)
+    if _is_long(terms):
+        return _TOO_LONG
     channels = g.geometry.out_channels
     if not g.geometry.is_diagonal and any(term.rows is not None for term in terms):
         return Inexact("it reads concatenated parts, and a layer for each of them would be more layers than there are")
@@ -173,9 +178,9 @@ def _mapped_term(term: Term, g: AffineMap) -> Term | Inexact:
 
 def _either(term: Term, change: Callable[[Term], Term | Inexact]) -> Term | Inexact:
     """A change of a term and of what it is otherwise."""
-    first = change(replace(term, otherwise=None))
     if term.otherwise is None:
-        return first
+        return change(term)
+    first = change(replace(term, otherwise=None))
     second = change(term.otherwise)
     if isinstance(first, Inexact) or isinstance(second, Inexact):
         return second if isinstance(first, Inexact) else first
@@ -246,7 +251,19 @@ def added(a: Form, b: Form, pays: Merge) -> Form | Inexact:
     terms = list(a.terms)
     for term in b.terms:
         terms = with_term(terms, term, pays)
+    if _is_long(terms):
+        return _TOO_LONG
     return Form(tuple(terms), a.channels, added_bias(a.bias, b.bias))
+
+
+_MOST_TERMS = 16
+_TOO_LONG = Inexact(f"it would be the sum of more than {_MOST_TERMS} layers")
+
+
+def _is_long(terms: Sequence[Term]) -> bool:
+    """Whether a sum has so many terms that no search through it could pay: nested sums double them level by level."""
+    counts = Counter(term.rows for term in terms)
+    return max(counts.values(), default=0) > _MOST_TERMS
 
 
 def concatenated(forms: Sequence[Form], pays: Merge) -> Form | Inexact:
@@ -322,7 +339,7 @@ def with_term(terms: list[Term], new: Term, pays: Merge) -> list[Term]:
     for index, term in enumerate(terms):
         merged = _merged(term, new)
         if merged is not None and pays(term, new, merged):
-            return [*terms[:index], merged, *terms[index + 1 :]]
+            return with_term([*terms[:index], *terms[index + 1 :]], merged, pays)  # it may merge with others now
     return [*terms, new]
 
 

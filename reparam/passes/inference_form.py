@@ -73,7 +73,8 @@ def _no_op_module(node: fx.Node, module: nn.Module) -> str | Refusal | None:
     if not isinstance(module, (*_DROPOUT, nn.Identity)) or type(module) not in (*_DROPOUT, nn.Identity):
         return None
     if module._forward_hooks or module._forward_pre_hooks:
-        return Refusal("inference form", place(node), type(module).__name__, "it has forward hooks", "remove the hooks")
+        why = "it has forward hooks, which removing it would lose"
+        return Refusal("inference form", place(node), type(module).__name__, why, "remove the hooks, then fuse")
     if isinstance(module, nn.Identity):
         return "identity(x) = x"
     return _still_random(node) if module.training and module.p else "dropout(x) = x in eval mode"

@@ -41,6 +41,13 @@ class Placement:
 
 def placement(term: Term, model: CostModel) -> Placement | Inexact:
     """The cheapest place for the term's layer, or why it is no layer of `torch.nn` anywhere."""
+    if model not in term.memo:
+        term.memo[model] = _placement(term, model)
+    found: Placement | Inexact = term.memo[model]
+    return found
+
+
+def _placement(term: Term, model: CostModel) -> Placement | Inexact:
     options = [
         _placed(one, at, model)
         for one in (term, term.otherwise)

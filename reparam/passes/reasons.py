@@ -1,38 +1,65 @@
 """Why something that looks foldable stayed: one `Refusal` for each.
 
-Looked at are the affine nodes that stay as they are: every BatchNorm, and every other node beside another affine node.
+What looks foldable is
+
+    a BatchNorm                         always
+    another constant scale or shift     with a layer or scale in front of it or behind it
+    a layer                             whose output the next layer reads with nothing but plain operations in between
+    a layer                             added to another branch of the tensor it reads
+    an operation of the table           whose call is not affine, beside a layer or scale
+
+Of two layers in a row the first has the refusal, of two branches the second. A layer between nonlinearities, a pooling
+and a view have none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from torch import fx, nn
 
 from reparam.algebra import Inexact
-from reparam.graph.lift import Carried, Lifted
-from reparam.graph.nodes import kind, place
+from reparam.graph.lifted import EMPTY
+from reparam.graph.nodes import is_floating, kind, place
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal
-from reparam.passes.region import Region
-from reparam.passes.search import Search
+from reparam.passes.form import Term
+from reparam.passes.obstacles import adding, bordering, listed, named, read_elsewhere, substituting
+from reparam.passes.standing import Standing
 
 
-def reasons(region: Region, search: Search, root: nn.Module, failed: dict[fx.Node, Inexact]) -> list[Refusal]:
-    """A refusal for each node of the table that stays although it looks foldable."""
-    found = []
-    for node, why in region.inexact.items():
-        if _is_norm(node, root) or any(other in region for other in (*node.all_input_nodes, *node.users)):
-            found.append(Refusal("collapse", place(node), kind(node, root), why.reason, why.remedy))
+def reasons(standing: Standing, failed: dict[fx.Node, Inexact]) -> list[Refusal]:
+    """A refusal for each node that stays although it looks foldable; `failed` are tensors that were not written."""
+    standing.keep_apart(list(failed))
+    root = standing.root
+    found: dict[fx.Node, Inexact] = {}
+    for node, why in standing.region.inexact.items():
+        beside = why is not EMPTY and _beside_weights(node, standing)
+        if is_floating(node) and (_is_norm(node, root) or beside):
+            found[node] = why
     for node, why in failed.items():
-        found.append(Refusal("collapse", place(node), kind(node, root), why.reason, why.remedy))
-    for node in region.affine:
-        if node not in search.real or node in failed or len(search.cone(node)) > 1 or not node.users:
-            continue
-        if not isinstance(region.affine[node].lift, Lifted):
-            continue
-        left = _why(node, region, search, root)
-        if left is not None:
-            found.append(Refusal("collapse", place(node), kind(node, root), left.reason, left.remedy))
-    return found
+        for other in standing.search.cone(node):
+            if standing.is_layer(other) or standing.is_scale(other):
+                found[other] = why
+    for node in standing.nodes:
+        for subject, why in (*_about_scale(node, standing), *_about_layer(node, standing), *_about_sum(node, standing)):
+            # an earlier pass may have said why
+            if not subject.meta.get("refused"):
+                found.setdefault(subject, why)
+    order = standing.region.order
+    return [
+        Refusal("collapse", place(node), _subject(node, standing), why.reason, why.remedy)
+        for node, why in sorted(found.items(), key=lambda pair: order[pair[0]])
+    ]
+
+
+def _subject(node: fx.Node, standing: Standing) -> str:
+    """What stays: the operation itself, or the scale that it became part of."""
+    region, search = standing.region, standing.search
+    merged = node in region and not standing.is_layer(node) and node not in standing.apart
+    stays = node in search.real and len(search.cone(node)) == 1
+    return "scale and shift" if merged and not stays else kind(node, standing.root)
 
 
 def _is_norm(node: fx.Node, root: nn.Module) -> bool:
@@ -40,51 +67,115 @@ def _is_norm(node: fx.Node, root: nn.Module) -> bool:
     return row is not None and row.name == "batch normalisation"
 
 
-def _why(node: fx.Node, region: Region, search: Search, root: nn.Module) -> Inexact | None:
-    """Why an affine node stays alone, or None if it does not look foldable."""
-    norm = _is_norm(node, root)
-    for operand in _neighbours(node, region):
-        if operand in region:
-            return _why_edge(operand, node, region, search, root) if norm or _looks_foldable(node, region) else None
-    for user in node.users:
-        if user in region and norm:
-            return _why_edge(node, user, region, search, root)
-    if not norm:
-        return None
-    inputs = " and ".join(_named(other, root) for other in region.affine[node].operands)
-    outputs = " and ".join(_named(other, root) for other in list(node.users)[:3])
-    return Inexact(f"nothing linear is beside it: it reads {inputs} and feeds {outputs}")
+def _beside_weights(node: fx.Node, standing: Standing) -> bool:
+    """Whether a layer, or a scale of channels, is beside a node that is not affine."""
+    for other in standing.around(node):
+        for part in standing.cone(other) if other in standing.region else []:
+            if standing.is_layer(part) or (standing.is_scale(part) and standing.varies_by_channel(part)):
+                return True
+        if other in standing.region.inexact:
+            return True
+    return False
 
 
-def _why_edge(operand: fx.Node, node: fx.Node, region: Region, search: Search, root: nn.Module) -> Inexact:
-    blocked = search.blocked.get((operand, node))
-    if blocked is not None:
-        return blocked
-    other_users = [user for user in operand.users if user is not node]
-    if operand in search.forced and other_users:
-        readers = " and ".join(_named(user, root) for user in other_users[:3])
-        return Inexact(
-            f"the output of {_named(operand, root)} also feeds {readers}", "give the other reader a tensor of its own"
-        )
-    return Inexact("merging it is exact, but the merged layers would cost more than these do")
+def _about_scale(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
+    """A scale that was merged with nothing in front of it, and with nothing behind it."""
+    root = standing.root
+    if len(standing.terms(node)) > 1:
+        yield from _about_scaled_terms(node, standing)
+        return
+    if standing.sort(node) != "scale":
+        return
+    subject = standing.main(node)
+    before, behind = standing.before(node), standing.behind(node)
+    if before.ends:
+        into = listed([named(standing.main(end), root) for end in before.ends])
+        if before.borders:
+            yield subject, bordering(standing, before.borders, into)
+        elif before.others and before.crossed:
+            others = listed([named(other, root) for other in before.others])
+            yield (
+                subject,
+                Inexact(f"it scales {into} together with {others}, which no layer makes that could absorb it"),
+            )
+        else:
+            yield subject, substituting(standing, node, {*before.ends, *before.crossed}, into)
+    elif behind.ends:
+        end = behind.ends[0]
+        into = named(standing.main(end), root)
+        crossed = {other for other in behind.crossed if other in standing.before(end).crossed}
+        border = bool(behind.borders) and node not in standing.before(end, borders=False).ends
+        why = bordering(standing, behind.borders, into) if border else None
+        yield subject, why or substituting(standing, end, {node, *crossed}, into)
+    elif _is_norm(subject, root):
+        for source in standing.sources(node):
+            if source in standing.real and (readers := [r for r in standing.readers(source) if r is not node]):
+                yield subject, read_elsewhere(source, readers, standing)
+                return
+        inputs = listed([named(other, root) for other in standing.sources(node)])
+        outputs = listed([named(other, root) for other in standing.readers(node)])
+        yield subject, Inexact(f"nothing linear is beside it: it reads {inputs} and feeds {outputs}")
 
 
-def _neighbours(node: fx.Node, region: Region) -> list[fx.Node]:
-    """The operands, seen through operations that scales and layers commute with."""
-    found = []
-    for operand in region.affine[node].operands:
-        while operand in region and isinstance(region.affine[operand].lift, Carried):
-            (operand,) = region.affine[operand].operands
-        found.append(operand)
-    return found
+def _about_scaled_terms(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
+    """Scales among the terms of a sum or of a concatenation."""
+    for term in standing.terms(node):
+        if term.map.is_identity or not term.map.geometry.is_diagonal:
+            continue
+        way = standing.before_term(term)
+        if not way.ends:
+            continue
+        into = listed([named(standing.main(end), standing.root) for end in way.ends])
+        for part in standing.scales_of(node, term.source):
+            yield part, substituting(standing, node, {*way.ends, *way.crossed}, into)
 
 
-def _looks_foldable(node: fx.Node, region: Region) -> bool:
-    """A chain or a scale; a sum of two tensors stands between layers for good reason."""
-    return len(region.affine[node].operands) == 1
+def _about_layer(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
+    """A layer whose output another layer reads."""
+    if standing.sort(node) != "layer":
+        return
+    into = named(standing.main(node), standing.root)
+    near = standing.before(node, borders=False)
+    for end in near.ends:
+        if standing.sort(end) == "layer":
+            yield standing.main(end), substituting(standing, node, {*near.crossed, end}, into)
+    way = standing.before(node)
+    for end in way.ends:
+        if end not in near.ends and standing.sort(end) == "layer":
+            yield standing.main(end), bordering(standing, way.borders, into)
 
 
-def _named(node: fx.Node, root: nn.Module) -> str:
-    if node.op in ("placeholder", "output"):
-        return kind(node, root)
-    return f"{place(node).module}" if node.op == "call_module" else f"{kind(node, root)} in {place(node)}"
+def _about_sum(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, Inexact]]:
+    """Summands that read one tensor."""
+    summands = list(_summands(node, standing))
+    for index, (layer, term) in enumerate(summands):
+        for other, earlier in summands[:index]:
+            same = (earlier.source, earlier.rows, earlier.columns) == (term.source, term.rows, term.columns)
+            if not same or (layer is None and other is None):
+                continue
+            subject, beside = (layer, other) if layer is not None else (other, None)
+            assert subject is not None
+            name = "its own input" if beside is None else named(beside, standing.root)
+            yield subject, adding(standing, earlier, term, name)
+            break
+
+
+def _summands(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node | None, Term]]:
+    """The terms of a sum, with the layer that each is; sums that nobody else reads are taken apart."""
+    terms = standing.terms(node)
+    if len(terms) < 2:
+        return
+    layers = [part for part in standing.cone(node) if standing.is_layer(part)]
+    for term in terms:
+        source = term.source
+        whole = term.map.is_identity and term.columns is None
+        if whole and source in standing.real and standing.readers(source) == [node]:
+            inner = standing.terms(source)
+            if len(inner) == 1 and inner[0].rows is None:
+                branch = replace(inner[0], rows=term.rows, otherwise=None)
+                yield (standing.main(source) if standing.sort(source) == "layer" else None), branch
+            elif len(inner) > 1 and term.rows is None:
+                yield from _summands(source, standing)
+        else:
+            mixes = layers and not term.map.geometry.is_diagonal
+            yield (layers.pop(0) if mixes else None), term

@@ -59,6 +59,7 @@ class Region:
 
     def __init__(self, graph: fx.Graph, root: nn.Module, lifted: LiftedGraph, pays: Merge) -> None:
         self._pays = pays
+        self._forms: dict[tuple[fx.Node, ...], Form | Blocked] = {}
         self._root = root
         self._sizes = lifted.sizes
         self.order = {node: index for index, node in enumerate(graph.nodes)}
@@ -104,8 +105,14 @@ class Region:
                     pending.append(operand)
         return sorted(found, key=self.order.__getitem__)
 
-    def form(self, cone: Iterable[fx.Node], real: set[fx.Node]) -> Form | Blocked:
+    def form(self, cone: Iterable[fx.Node]) -> Form | Blocked:
         """The form of the last node of `cone`, or the first substitution that would not be exact."""
+        key = tuple(cone)
+        if key not in self._forms:
+            self._forms[key] = self._form(key)
+        return self._forms[key]
+
+    def _form(self, cone: Iterable[fx.Node]) -> Form | Blocked:
         forms: dict[fx.Node, Form] = {}
         node = None
         for node in cone:

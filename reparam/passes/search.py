@@ -10,17 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
 from reparam.algebra import AffineMap, Inexact
-from reparam.graph.lift import Lifted, is_view
+from reparam.graph.lift import Concatenated, Lifted, is_view
 from reparam.graph.nodes import info
 from reparam.passes.base import Cost
 from reparam.passes.cost import CostModel
 from reparam.passes.form import Form, Merge, Term
 from reparam.passes.placing import Placement, placement, priced, repeated_steps
 from reparam.passes.region import Blocked, Region
+
+if TYPE_CHECKING:
+    from reparam.passes.explain import Recorder
 
 _MOST_CUTS = 8
 _DEEPEST_CUT = 2
@@ -32,16 +36,18 @@ _NO_WEIGHTS = Inexact("it is no layer with weights, and would become a convoluti
 
 @dataclass(frozen=True)
 class Solution:
-    """The real nodes inside one cone, and what running them costs."""
+    """The real nodes inside one cone, what running them costs, and the solutions of its parts if it was cut."""
 
     cost: Cost
     real: frozenset[fx.Node]
+    parts: tuple[tuple[fx.Node, Solution], ...] = ()
 
 
 class Search:
-    """Chooses the real nodes of a graph."""
+    """Chooses the real nodes of a graph. A `recorder` is told what was compared."""
 
-    def __init__(self, region: Region, root: nn.Module, cost: CostModel) -> None:
+    def __init__(self, region: Region, root: nn.Module, cost: CostModel, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder
         self._region = region
         self._root = root
         self._cost = cost
@@ -86,7 +92,25 @@ class Search:
         for node in reversed(nodes):
             if node in solutions and node not in self.forced:
                 self._try_without(node, solutions)
-        return set().union(*solutions.values())
+        self.ends = frozenset(solutions)
+        return self._consistent(set().union(*solutions.values()))
+
+    def _consistent(self, real: set[fx.Node]) -> set[fx.Node]:
+        """Makes real what a chosen tensor turns out to need, beside what was chosen for others after it."""
+        checked: set[tuple[fx.Node, ...]] = set()
+        pending = True
+        while pending:
+            pending = False
+            for node in sorted(real, key=self._region.order.__getitem__):
+                cone = tuple(self._region.cone(node, real))
+                if len(cone) == 1 or cone in checked:
+                    continue
+                checked.add(cone)
+                form = self._region.form(cone)
+                if isinstance(form, Blocked) or self._unwritable(node, form, list(cone)) is not None:
+                    real |= self._solve(node, real).real
+                    pending = True
+        return real
 
     def _shared(self, nodes: list[fx.Node]) -> set[fx.Node]:
         """Nodes that reach more than one real node: each other node belongs to the one it reaches."""
@@ -115,6 +139,7 @@ class Search:
         for end in cones:
             found[end] = self._solve(end, fewer | added).real
             if node in found[end]:
+                self._tried(node, cones, solutions, needed_by=end)
                 return
             added |= found[end]
         if not found:
@@ -122,11 +147,13 @@ class Search:
         area = set().union(*cones.values())
         before = area & set().union(*solutions.values())
         outside = set().union(*solutions.values()) - area
-        old, new = self._total(before, outside), self._total(added, outside)
+        old, new = self.total(before, outside), self.total(added, outside)
         model = self._cost
         better = model.key(new) < model.key(old)
         tie = self.is_view(node) and model.key(new) == model.key(old)  # a view hides what is before and behind it
-        if not ((better or tie) and model.is_lean(new, old) and model.no_slower(new, old)):
+        merged = (better or tie) and model.is_lean(new, old) and model.no_slower(new, old)
+        self._tried(node, cones, solutions, new, merged)
+        if not merged:
             return
         del solutions[node]
         solutions.update(found)
@@ -134,15 +161,33 @@ class Search:
             if sum(other in cone for cone in cones.values()) > 1:
                 solutions[other] = frozenset(added & self._region_of(other, fewer))
 
+    def _tried(
+        self,
+        node: fx.Node,
+        cones: dict[fx.Node, set[fx.Node]],
+        solutions: dict[fx.Node, frozenset[fx.Node]],
+        new: Cost | None = None,
+        merged: bool = False,
+        needed_by: fx.Node | None = None,
+    ) -> None:
+        """Records how it would be, or is, without a shared node."""
+        if self._recorder is not None:
+            area, real = set().union(*cones.values()), set().union(*solutions.values())
+            self._recorder.tried(node, tuple(cones), self.total(area & real, real - area), new, merged, needed_by)
+
+    def solved(self, end: fx.Node) -> Solution:
+        """The solution of one end between those that were chosen, found and recorded once more."""
+        return self._solve(end, self.ends)
+
     def _region_of(self, node: fx.Node, ends: set[fx.Node]) -> set[fx.Node]:
         return set(self._region.cone(node, ends))
 
-    def _total(self, real: set[fx.Node], outside: set[fx.Node]) -> Cost:
+    def total(self, real: set[fx.Node], outside: set[fx.Node]) -> Cost:
         """What some real nodes cost, given the real nodes around them."""
         total, forms = Cost(), []
         for node in real:
             cone = self._region.cone(node, real | outside)
-            form = None if len(cone) == 1 else self._region.form(cone, real | outside)
+            form = None if len(cone) == 1 else self._region.form(cone)
             if isinstance(form, Form):
                 forms.append(form)
                 total += self.price(node, form)
@@ -170,16 +215,18 @@ class Search:
             return Solution(self.native(node), frozenset({node}))
         as_it_is = Solution(sum((self.native(n) for n in cone), Cost()), frozenset(cone))
         if len(cone) > _LARGEST_CONE:
-            return as_it_is
-        form = self._region.form(cone, set(real))
+            return self._decided(node, real, None, [as_it_is], as_it_is)
+        form = self._region.form(cone)
         blocked = form if isinstance(form, Blocked) else self._unwritable(node, form, cone)
         if blocked is not None:
             self.blocked[(blocked.node, blocked.user)] = blocked.why
-            return _best([as_it_is, self._cut(node, real, {blocked.node}, depth)], self._cost, self.is_view)
+            cuts = dict.fromkeys((blocked.node, self._viewed(blocked.node, cone)))
+            options = [as_it_is, *(self._cut(node, real, {cut}, depth) for cut in cuts)]
+            return self._decided(node, real, blocked, options)
         assert isinstance(form, Form)
         collapsed = Solution(self.price(node, form), frozenset({node}))
         if len(form.terms) == 1 and self._no_dearer_than_one(collapsed.cost, cone, form):
-            return collapsed
+            return self._decided(node, real, form, [as_it_is, collapsed], collapsed)
         options = [as_it_is]
         if len(form.terms) > 1:
             operands = self._operands_of_first_sum(node, cone)
@@ -187,7 +234,27 @@ class Search:
                 options.append(self._cut(node, real, operands, depth))
         if depth < _DEEPEST_CUT:
             options += [self._cut(node, real, {cut}, depth + 1) for cut in self._places_to_cut(node, cone)]
-        return _best([*options, collapsed], self._cost, self.is_view)
+        return self._decided(node, real, form, [*options, collapsed])
+
+    def _decided(
+        self,
+        node: fx.Node,
+        real: set[fx.Node] | frozenset[fx.Node],
+        form: Form | Blocked | None,
+        options: list[Solution],
+        certain: Solution | None = None,
+    ) -> Solution:
+        """The best of the options, the first of which is the original, unless it is certain before comparing."""
+        chosen = _best(options, self._cost, self.is_view) if certain is None else certain
+        if self._recorder is not None:
+            self._recorder.decided(node, real, form, options, chosen, certain is not None)
+        return chosen
+
+    def _viewed(self, node: fx.Node, cone: list[fx.Node]) -> fx.Node:
+        """What a chain of views looks at; cut there, other views of it are spared too."""
+        while self.is_view(node) and self._region.affine[node].operands[0] in cone:
+            node = self._region.affine[node].operands[0]
+        return node
 
     def _no_dearer_than_one(self, cost: Cost, cone: list[fx.Node], form: Form) -> bool:
         """Whether the whole cone costs no more than its largest operation does alone, so that nothing can beat it.
@@ -212,12 +279,14 @@ class Search:
         """The cone of `node` with `cuts` real: what is above them, and each of them in turn."""
         inner = frozenset(real) | cuts
         cost, found = Cost(), frozenset[fx.Node]()
+        parts: list[tuple[fx.Node, Solution]] = []
         for part in [*sorted(cuts, key=self._region.order.__getitem__), node]:
             solution = self._solve(part, inner, depth)
             cost += solution.cost
             found |= solution.real
             inner |= solution.real
-        return Solution(cost, found)
+            parts.append((part, solution))
+        return Solution(cost, found, tuple(parts))
 
     def _unwritable(self, node: fx.Node, form: Form, cone: list[fx.Node]) -> Blocked | None:
         cost = priced(form, node, self._cost)
@@ -262,7 +331,9 @@ class Search:
         places = []
         for other in cone[:-1]:
             users = [user for user in self._region.readers(other) if user in self._region]
-            if any(not _only_scales(self._region.affine[user].maps) for user in users) or len(users) > 1:
+            joins = isinstance(self._region.affine[other].lift, Concatenated)
+            mixed = any(not _only_scales(self._region.affine[user].maps) for user in users)
+            if mixed or joins or len(users) > 1:
                 tensor = info(other)
                 places.append((tensor.numel if tensor else 0, self._region.order[other], other))
         return [other for _, _, other in sorted(places)[:_MOST_CUTS]]
@@ -297,12 +368,11 @@ def merging_pays(model: CostModel) -> Merge:
         if isinstance(one, Inexact):
             return False
         total = Cost()
-        stacked = first.rows != second.rows
         for found in apart:
             if isinstance(found, Inexact):
                 return True
             total += found.cost
-        if stacked and not model.is_lean(one.cost, total):
+        if not model.is_lean(one.cost, total):
             return False
         return model.key(one.cost) <= model.key(total + model.of_sum(one.like.numel, one.like.dtype.itemsize))
 

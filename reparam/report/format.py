@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reparam.passes.base import Refusal, Rewrite
+    from reparam.passes.base import Choice, Refusal, Rewrite
     from reparam.report.values import Report
 
 SHOWN_PLACES = 3
+SHOWN_CANDIDATES = 5
 
 
 def count(value: int) -> str:
@@ -78,7 +79,25 @@ def grouped_refusals(refusals: Sequence[Refusal]) -> list[tuple[Refusal, list[Re
     return [(group[0], group) for group in sorted(groups.values(), key=len, reverse=True)]
 
 
-def places(items: Sequence[Rewrite] | Sequence[Refusal], shown: int = SHOWN_PLACES) -> str:
+def grouped_choices(choices: Sequence[Choice]) -> list[list[Choice]]:
+    """Choices between equal candidates at equal prices, with the same outcome, in the order of the model."""
+    groups: dict[object, list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault((choice.candidates, choice.chosen, choice.why, choice.part), []).append(choice)
+    return list(groups.values())
+
+
+def shown_candidates(choice: Choice) -> list[int]:
+    """The original, the winner and the cheapest of the rest, in order."""
+
+    def rank(index: int) -> tuple[bool, float]:
+        cost = choice.candidates[index].cost
+        return index not in (0, choice.chosen), 0.0 if cost is None else cost.seconds  # impossible, and why: shown
+
+    return sorted(sorted(range(len(choice.candidates)), key=rank)[:SHOWN_CANDIDATES])
+
+
+def places(items: Sequence[Rewrite] | Sequence[Refusal] | Sequence[Choice], shown: int = SHOWN_PLACES) -> str:
     """The first few places, and how many more there are."""
     names = [item.where for item in items]
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

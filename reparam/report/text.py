@@ -11,17 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from reparam.report.format import (
+    SHOWN_PLACES,
+    count,
     duration,
+    grouped_choices,
     grouped_refusals,
     grouped_rewrites,
     operation_rows,
     places,
+    shown_candidates,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from reparam.bench import Timing
+    from reparam.passes.base import Candidate, Choice
     from reparam.report.values import Report
 
 
@@ -37,6 +42,7 @@ def render_text(report: Report, console: Console, *, verbose: bool = False) -> N
     for title, lines in (
         ("Rewritten", _rewrites(report, verbose)),
         ("Left as it is", _refusals(report, verbose)),
+        ("Choices", _choices(report, verbose)),
         ("Equivalence", _equivalence(report)),
         ("Latency", _latency(report)),
         ("Written", _files(report)),
@@ -97,6 +103,54 @@ def _refusals(report: Report, verbose: bool) -> list[RenderableType]:
         remedy = f" {_sentence(first.remedy)}" if first.remedy else ""
         lines.append(_indented(Text(f"{_sentence(first.reason)}{remedy}", style="dim"), 2))
     return lines
+
+
+def _choices(report: Report, verbose: bool) -> list[RenderableType]:
+    if report.choices is None:
+        return []
+    if not report.choices:
+        return [Text("none: no region has more than one operation")]
+    first = report.choices[0]
+    wanted = {"latency": "least latency", "macs": "fewest multiply-adds", "parameters": "fewest weights"}
+    lines: list[RenderableType] = [
+        Text(
+            f"for the {wanted[first.objective]} on {first.machine}; times are estimated: they are a model's prices, "
+            "which only rank candidates, and no measurements",
+            style="dim",
+        )
+    ]
+    for group in grouped_choices(report.choices):
+        number = f"{len(group)} x " if len(group) > 1 else ""
+        part = "part: " if group[0].part else ""
+        where = places(group, len(group) if verbose else SHOWN_PLACES)
+        lines += [Text.assemble((f"{number}{part}", "cyan"), where), _candidates(group[0], verbose)]
+    return lines
+
+
+def _candidates(choice: Choice, verbose: bool) -> Padding:
+    """The candidates with their prices, the winner marked."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("", "candidate"):
+        table.add_column(title)
+    for title in ("est. time", "multiply-adds", "weights", "launches"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("")
+    kept = range(len(choice.candidates)) if verbose else shown_candidates(choice)
+    for index in kept:
+        candidate, won = choice.candidates[index], index == choice.chosen
+        remark = f"chosen: {choice.why}" if won else candidate.excluded
+        style = "green" if won else "dim" if candidate.excluded else ""
+        table.add_row("*" if won else "", Text(candidate.description), *_prices(candidate), Text(remark), style=style)
+    if len(kept) < len(choice.candidates):
+        table.add_row("", f"and {len(choice.candidates) - len(kept)} slower ones", style="dim")
+    return _indented(table, 2)
+
+
+def _prices(candidate: Candidate) -> tuple[str, ...]:
+    cost = candidate.cost
+    if cost is None:
+        return ("-",) * 4
+    return (duration(cost.seconds), count(cost.macs), count(cost.parameters), count(cost.launches))
 
 
 def _sentence(text: str) -> str:

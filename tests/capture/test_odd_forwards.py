@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reparam import CaptureError, InputError, fuse
+from reparam import CaptureError, InputError, OtherInputError, fuse
 from tests.support import relative_error
 
 Forward = Callable[..., Any]
@@ -271,7 +271,7 @@ def test_another_way_through_the_forward_stops(forward: Forward, example: Any, o
     fused = fuse(original, copy.deepcopy(example), verify=False).module
     assert relative_error(call(original, example), call(fused, example)) < 1e-12
     call(original, other)
-    with pytest.raises(ValueError, match=phrase):
+    with pytest.raises(OtherInputError, match=phrase):
         call(fused, other)
 
 
@@ -410,6 +410,14 @@ def test_what_the_forward_leaves_behind_is_noted_and_undone() -> None:
     assert any("changes last, seen" in note for note in result.report.notes)
     assert original.last is None
     assert not original.seen
+
+
+def test_verification_leaves_out_what_the_fused_model_refuses_and_says_so() -> None:
+    comparison = fuse(odd(squeezed), VECTORS[1]).report.comparison
+    assert comparison is not None
+    assert comparison.passed
+    skipped = [case for case in comparison.cases if case.status == "skipped"]
+    assert any("the candidate refuses it (this model was captured for" in note for c in skipped for note in c.notes)
 
 
 def test_weights_that_are_not_there_yet() -> None:

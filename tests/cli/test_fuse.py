@@ -49,7 +49,8 @@ def model_file(tmp_path: Path) -> Path:
 
 
 def invoke(*arguments: Any) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, ["fuse", *map(str, arguments)])
+    """Runs the command on a terminal so wide that no line is wrapped."""
+    return click.testing.CliRunner(env={"COLUMNS": "200"}).invoke(main, ["fuse", *map(str, arguments)])
 
 
 QUICK = ("--input", "1x3x8x8", "--no-bench")
@@ -150,6 +151,23 @@ def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="the model file itself"):
             run(Request(str(tmp_path / "net.pt2"), out=str(tmp_path / out)))
     assert (tmp_path / "net.pt2").read_bytes() == before
+
+
+def test_explain_shows_what_was_compared(model_file: Path) -> None:
+    options = (*QUICK, "--no-onnx", "--no-archive", "--objective", "macs", "--machine", "onnxruntime-cpu")
+    printed = invoke(model_file, *options, "--explain").stdout
+    assert "for the fewest multiply-adds on onnxruntime-cpu; times are estimated" in printed
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert any(line.startswith("as it is: Conv2d + BatchNorm2d ") for line in lines)
+    assert any(line.startswith("* one layer: Conv2d(3, 4, 3x3) ") for line in lines)
+    assert "Choices" not in invoke(model_file, *options).stdout
+    plain = json.loads(invoke(model_file, *options, "--explain", "--json").stdout)
+    merged, head = plain["choices"]
+    assert merged["place"]["module"] == "1"
+    assert merged["candidates"][merged["chosen"]]["description"] == "one layer: Conv2d(3, 4, 3x3)"
+    assert all(candidate["cost"]["estimated_seconds"] > 0 for candidate in merged["candidates"])
+    assert (head["place"]["module"], head["chosen"]) == ("6", 0)
+    assert json.loads(invoke(model_file, *options, "--json").stdout)["choices"] is None
 
 
 def test_nothing_is_left_when_the_onnx_file_disagrees(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from reparam.bench import Ratio, Timing
 from reparam.equivalence import Comparison
-from reparam.passes.base import Place, Refusal, Rewrite
+from reparam.passes.base import Candidate, Choice, Cost, Place, Refusal, Rewrite
 from reparam.report import OperationCounts, Report
 from reparam.report.format import count, duration, grouped_rewrites, rewrite_label
 from reparam.report.text import render_text
@@ -114,6 +114,60 @@ def test_nothing_to_do_is_said() -> None:
     printed = text(empty)
     assert "no operation could be folded" in printed
     assert not any(word in printed for word in ("Left as it is", "Equivalence", "Written", "Notes"))
+
+
+def choice(number: int, more: int = 0) -> Choice:
+    candidates = (
+        Candidate("as it is: Conv2d + BatchNorm2d", Cost(1000, 50, 2, 3e-5, 70)),
+        Candidate("one layer: Conv2d(8, 8, 3x3)", Cost(900, 40, 1, 2e-5, 60)),
+        Candidate("one layer, wrong", None, "bn stays in front of conv: it is padded"),
+        *(Candidate(f"cut behind {n}", Cost(2000, 40, 1, 1e-5 * n, 60), "too much") for n in range(9, 9 - more, -1)),
+    )
+    return Choice(Place(f"layer{number}", "net.py:7"), candidates, 1, "least estimated time", "latency", "eager-cpu")
+
+
+def test_choices_are_tables_with_the_winner_marked() -> None:
+    report = replace(REPORT, choices=(choice(0), replace(choice(3), part=True), choice(1)))
+    section = text(report).split("\nChoices\n")[1].split("\nEquivalence")[0]
+    lines = [" ".join(line.split()) for line in section.splitlines() if line.strip()]
+    table = [
+        "candidate est. time multiply-adds weights launches",
+        "as it is: Conv2d + BatchNorm2d 30 us 1,000 70 2",
+        "* one layer: Conv2d(8, 8, 3x3) 20 us 900 60 1 chosen: least estimated time",
+        "one layer, wrong - - - - bn stays in front of conv: it is padded",
+    ]
+    assert lines == [
+        "for the least latency on eager-cpu; times are estimated: they are a model's prices, which only rank "
+        "candidates, and no measurements",
+        "2 x layer0 (net.py:7), layer1 (net.py:7)", *table,
+        "part: layer3 (net.py:7)", *table,
+    ]  # fmt: skip
+
+
+def test_only_the_cheapest_of_many_candidates_are_printed() -> None:
+    report = replace(REPORT, choices=(choice(0, more=6),))
+    printed = text(report)
+    assert [n for n in range(10) if f"cut behind {n}" in printed] == [4, 5]
+    assert "and 4 slower ones" in printed
+    everything = text(report, verbose=True)
+    assert [n for n in range(10) if f"cut behind {n}" in everything] == [4, 5, 6, 7, 8, 9]
+    assert "slower ones" not in everything
+
+
+def test_choices_are_there_if_asked_for() -> None:
+    assert "Choices" not in text(REPORT)
+    assert REPORT.to_dict()["choices"] is None
+    assert "none: no region has more than one operation" in text(replace(REPORT, choices=()))
+    (plain,) = json.loads(json.dumps(replace(REPORT, choices=(choice(4),)).to_dict()))["choices"]
+    assert {name: plain[name] for name in plain if name != "candidates"} == {
+        "place": {"module": "layer4", "source": "net.py:7"}, "where": "layer4 (net.py:7)", "chosen": 1,
+        "why": "least estimated time", "objective": "latency", "machine": "eager-cpu", "part": False,
+    }  # fmt: skip
+    assert plain["candidates"][1] == {
+        "description": "one layer: Conv2d(8, 8, 3x3)", "excluded": "",
+        "cost": {"macs": 900, "bytes": 40, "launches": 1, "parameters": 60, "estimated_seconds": 2e-5},
+    }  # fmt: skip
+    assert plain["candidates"][2]["cost"] is None
 
 
 @pytest.mark.parametrize(

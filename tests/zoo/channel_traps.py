@@ -197,6 +197,19 @@ def more() -> dict[str, Any]:
     return {**wide, "mask": mask}
 
 
+def parts_read_again() -> nn.Module:
+    """Branches of both parts of one layer; their concatenation is flipped, filtered and normalised, for two outputs."""
+
+    def forward(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        p, q = m.a(x).split([2, 4], 1)
+        both = torch.cat([m.b(p), m.c(q)], 1)
+        y = F.relu(m.e(m.d(both) + m.n(both)))
+        return both.flip(1), m.after(F.channel_shuffle(y, 2)) + y
+
+    layers: dict[str, Any] = {"a": c(4, 6, padding=1), "b": c(2, 4, 1), "c": c(4, 4, 1, bias=False), "d": c(8, 8, 1, 4)}
+    return Lambda(forward, **layers, n=bn(2, 8), e=c(8, 6, 1), after=bn(2, 6))
+
+
 def cat_of_two_inputs() -> nn.Module:
     return Two(lambda m, x, y: F.relu(m.w(torch.cat([m.a(x), m.b(y)], 1))), a=c(padding=1), b=c(padding=1), w=bn(2, 8))
 
@@ -217,5 +230,6 @@ CHANNELS = [
         for name, forward in SLICES.items()
     ),
     *(Trap(name, lambda f=forward: on(f, **more())(), SQUARE, may_refuse=True) for name, forward in WRITES.items()),
+    Trap("parts_read_again", parts_read_again, IMAGE, {"bn": 1}, ("nothing linear",), batches=(1, 5), flexible=True),
     Trap("cat_of_two_inputs", cat_of_two_inputs, (IMAGE, IMAGE), {"conv": 2}),
 ]

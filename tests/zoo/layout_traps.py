@@ -17,10 +17,14 @@ Forward = Callable[[Any, torch.Tensor], Any]
 
 
 def tokens(forward: Forward) -> Callable[[], nn.Module]:
-    """Linear layers `fc`, `after` (6 to 6), a BatchNorm1d `n` and a constant `g` on 6: for inputs of equal axes."""
-    return lambda: Lambda(
-        forward, fc=nn.Linear(6, 6), after=nn.Linear(6, 6), n=nn.BatchNorm1d(6), g=torch.randn(6, 1) + 2
-    )
+    """Layers `fc`, `after`, `conv`, `pointwise` (6 to 6), a norm `n` and a constant `g` on 6; for equal axes."""
+
+    def build() -> nn.Module:
+        layers: dict[str, Any] = {"fc": nn.Linear(6, 6), "after": nn.Linear(6, 6), "n": nn.BatchNorm1d(6)}
+        convs = {"conv": nn.Conv1d(6, 6, 1, groups=2), "pointwise": nn.Conv1d(6, 6, 1, bias=False)}
+        return Lambda(forward, **layers, g=torch.randn(6, 1) + 2, **convs)
+
+    return build
 
 
 def image(forward: Forward) -> Callable[[], nn.Module]:
@@ -49,6 +53,13 @@ def windows(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.relu(m.n(y))
 
 
+def two_axes(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A sum whose first branch mixes the last axis and whose other branches mix the one before it."""
+    p, q = m.fc(x).chunk(2, -1)
+    y = p * 2 + torch.sigmoid(q)
+    return torch.tanh(y + 0.5 * (m.n(m.conv(y)) - m.pointwise(y)))
+
+
 TOKENS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     "norm_on_tokens_of_equal_size": (lambda m, x: F.relu(m.n(m.fc(x))), (2, 6, 6)),
     "norm_between_linears_of_equal_size": (lambda m, x: m.after(m.n(m.fc(x))), (2, 6, 6)),
@@ -59,6 +70,11 @@ TOKENS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     "linear_over_rows_then_columns": (lambda m, x: torch.tanh(m.after(m.fc(x).transpose(1, 2))), (2, 6, 6)),
     "sum_with_own_transpose": (lambda m, x: torch.tanh(m.fc(x) + m.fc(x).transpose(1, 2)), (2, 6, 6)),
     "sum_of_linears_of_transposes": (lambda m, x: torch.tanh(m.fc(x) + m.after(x.transpose(1, 2))), (2, 6, 6)),
+    "sum_over_two_axes": (two_axes, (2, 6, 6)),
+    "sum_over_another_axis": (
+        lambda m, x: (lambda y: torch.tanh(y + m.n(m.conv(y)) - m.pointwise(y)))(m.fc(x)),
+        (2, 6, 6),
+    ),
     "cube_permuted": (lambda m, x: torch.tanh(m.after(m.fc(x).permute(2, 0, 1))), (6, 6, 6)),
     "flatten_of_batch_and_rows": (lambda m, x: torch.tanh(m.n(m.fc(x).flatten(0, 1))), (6, 6, 6)),
     "flatten_with_batch_equal_to_channels": (lambda m, x: torch.tanh(m.fc(m.n(x).flatten(0, 1))), (6, 6, 6)),

@@ -218,7 +218,7 @@ CASES = [
     ),
     # q, k and v as one layer, its output split: one launch and one pass over the tokens instead of three. The
     # temperature goes into q.
-    BlockCase("attention_on_tokens", partial(Attention, 6), (2, 6, 3, 4), {"conv+linear": 2, "bn": 0, "mul": 0}, "3"),
+    BlockCase("attention_on_tokens", partial(Attention, 6), (2, 6, 3, 4), {"bn": 0}, "3"),
     *(
         BlockCase(
             f"residual_behind_permute{r}d",

@@ -161,13 +161,14 @@ def there_and_back(rank: int) -> nn.Module:
 _ONE = {"conv": 1, "bn": 0, "linear": 0, "add": 0, "mul": 0}
 
 CASES = [
-    # Overlapping parts need some outputs twice, each with a scale of its own: more arithmetic, so no count.
+    # Overlapping parts need some outputs twice, each with a scale of its own: more arithmetic, so no count. Parts that
+    # are no windows are made by a layer each or by one layer and two scales, whichever costs less.
     *(
         BlockCase(
             f"norm_of_{how}",
             partial(selected, 2, how, "norm"),
             shape(2, 4),
-            {} if how == "overlapping" else _ONE,
+            {} if how in ("overlapping", "steps", "lists") else _ONE,
             "3",
         )
         for how in SELECTIONS
@@ -176,9 +177,9 @@ CASES = [
         BlockCase(f"norm_of_split{r}d", partial(selected, r, "split", "norm"), shape(r, 4, 5), _ONE, "3")
         for r in (1, 3)
     ),
-    # The 3x3 in front computes 8 outputs and so do the two layers together: merged, the 3x3 gives those 8 at once.
-    BlockCase("pointwise_of_slices", partial(selected, 2, "slices", "pointwise"), shape(2, 4), _ONE, "3"),
-    BlockCase("pointwise_of_chunks1d", partial(selected, 1, "chunk", "pointwise"), shape(1, 4), _ONE, "3"),
+    # The two halves of the 3x3 merge with the layers that read them; at this size two layers cost what three do.
+    BlockCase("pointwise_of_slices", partial(selected, 2, "slices", "pointwise"), shape(2, 4), {"bn": 0}, "3"),
+    BlockCase("pointwise_of_chunks1d", partial(selected, 1, "chunk", "pointwise"), shape(1, 4), {"bn": 0}, "3"),
     # Padded depthwise layers behind a bias cannot merge with it; joined or apart, they cost the same.
     BlockCase("depthwise_of_chunks", partial(selected, 2, "chunk", "depthwise"), shape(2, 4), {"bn": 0}),
     *(BlockCase(f"split_norm_cat{r}d", partial(split_norm_cat, r), shape(r, 4, 5), _ONE, "3") for r in (1, 2, 3)),
@@ -201,7 +202,7 @@ CASES = [
             # Two groups of 4: 32 + 32 multiply-adds apart, 64 as one dense layer, which saves a launch and the shuffle.
             (2, 8, 2, "view", "grouped", _ONE, "3"),
             # Four groups of 4: 64 + 64 apart, 256 merged: apart.
-            (2, 16, 4, "function", "grouped", {"conv": 2, "bn": 0}, "2"),
+            (2, 16, 4, "function", "grouped", {"bn": 0}, "2"),  # two grouped ones, or one dense one
             # A depthwise layer commutes with the shuffle; together with the 1x1 it computes more, so two stay.
             (2, 16, 2, "view", "depthwise", {"conv": 2, "bn": 0}, "2"),
         )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
 from reparam.graph.lift import Call, Carried, Moved
@@ -36,6 +37,24 @@ def transpose(call: Call) -> Carried | None:
     order = list(range(rank))
     order[a % rank], order[b % rank] = order[b % rank], order[a % rank]
     return _permuted(call, order)
+
+
+def movedim(call: Call) -> Carried | None:
+    """One axis moved to another place."""
+    rank, source, destination = call.ndim, call["source"], call["destination"]
+    if type(source) is not int or type(destination) is not int:
+        return None
+    order = [axis for axis in range(rank) if axis != source % rank]
+    order.insert(destination % rank, source % rank)
+    return _permuted(call, order)
+
+
+def attribute(call: Call) -> Carried | None:
+    """`x.mT`, and `x.T` of a matrix."""
+    rank = call.ndim
+    if call["name"] != "mT" and not (call["name"] == "T" and rank == 2):
+        return None
+    return _permuted(call, [*range(rank - 2), rank - 1, rank - 2])
 
 
 def _permuted(call: Call, order: Sequence[int]) -> Carried | None:
@@ -117,13 +136,11 @@ def _reshaped(call: Call, x: fx.Node, dims: Dims, target: tuple[Size | None, ...
 
 
 def _moved(axis: int, dims: Dims, target: tuple[Size | None, ...], shape: tuple[int, ...]) -> Moved | None:
-    """Where an axis goes in a reshape: two of the three parts before, at and behind it agree, the third follows."""
+    """Where an axis goes in a reshape: two of the three parts before, at and behind it agree; the third follows."""
     for index, size in enumerate(target):
         before = _agree(dims[:axis], target[:index])
         behind = _agree(dims[axis + 1 :], target[index + 1 :])
-        if before and behind and (size is None or size == dims[axis]):
-            return Moved(index)
-        if (size is not None and size == dims[axis]) and ((before and behind is None) or (behind and before is None)):
+        if before + behind + (size == dims[axis]) >= 2:
             return Moved(index)
         last = index == len(target) - 1
         if before and last and (size is None or size == product(dims[axis:])):
@@ -131,11 +148,9 @@ def _moved(axis: int, dims: Dims, target: tuple[Size | None, ...], shape: tuple[
     return None
 
 
-def _agree(dims: Dims, target: tuple[Size | None, ...]) -> bool | None:
-    """Whether two stretches of axes hold equally many elements; None if one of them is open."""
-    if None in target:
-        return None
-    return product(dims) == product(size for size in target if size is not None)
+def _agree(dims: Dims, target: tuple[Size | None, ...]) -> bool:
+    """Whether two stretches of axes are certain to hold equally many elements."""
+    return None not in target and product(dims) == product(size for size in target if size is not None)
 
 
 def mean(call: Call) -> Carried | None:
@@ -200,6 +215,30 @@ def turned(call: Call) -> Carried | None:
     if x is None or not axes:
         return None
     return Carried(x, tuple(None if axis in axes else Moved(axis) for axis in range(len(dims))), dims)
+
+
+def with_new_axes(call: Call) -> Carried | None:
+    """`x[:, :, None]`: axes of one element added."""
+    x, dims = _operand(call)
+    given = call["index"]
+    parts = list(given) if isinstance(given, tuple) else [given]
+    if x is None or not any(part is None for part in parts):
+        return None
+    if not all(part is None or part is Ellipsis or part == slice(None) for part in parts if not _is_node(part)):
+        return None
+    if any(_is_node(part) for part in parts) or parts.count(Ellipsis) > 1:
+        return None
+    missing = len(dims) - sum(part is not None and part is not Ellipsis for part in parts)
+    if Ellipsis not in parts:
+        parts.append(Ellipsis)
+    at = parts.index(Ellipsis)
+    parts[at : at + 1] = [slice(None)] * missing
+    old = iter(dims)
+    return _reshaped(call, x, dims, tuple(Size(1) if part is None else next(old) for part in parts))
+
+
+def _is_node(part: Any) -> bool:
+    return isinstance(part, (fx.Node, torch.Tensor))
 
 
 def positions(call: Call) -> Carried | None:

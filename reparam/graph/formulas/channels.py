@@ -16,7 +16,7 @@ from torch import fx
 
 from reparam import algebra
 from reparam.graph.formulas import carriers
-from reparam.graph.lift import Call, Concatenated, Either, Lift, Lifted, Sliced
+from reparam.graph.lift import Call, Carried, Concatenated, Either, Lift, Lifted, Sliced
 from reparam.graph.nodes import info
 from reparam.graph.sizes import Dims, Size, Sizes
 
@@ -52,7 +52,7 @@ def index(call: Call) -> Lift | None:
         return None
     if info(x) is None:
         return _part_of_split(call, x)
-    return _slices(call) or _chosen(call)
+    return _slices(call) or carriers.with_new_axes(call) or _chosen(call)
 
 
 def _slices(call: Call) -> Lift | None:
@@ -73,7 +73,26 @@ def _slices(call: Call) -> Lift | None:
                 option = _selected(x, cut[0], list(range(start, stop, step)))
             if option is not None:
                 return option if carried is None else Either((option, carried))
-    return carried
+    return _cropped(x, parts, carried)
+
+
+def _cropped(x: fx.Node, parts: list[slice], carried: Carried | None) -> Lift | None:
+    """`x[:, :, 1:-1]`: a padding that crops."""
+    tensor = info(x)
+    if carried is None or tensor is None or len(parts) < 3 or any(part != slice(None) for part in parts[:2]):
+        return carried
+    pads = []
+    for part in parts[2:]:
+        start, stop, step = _bounds(part)
+        if not (start is None or (type(start) is int and start >= 0)) or step not in (None, 1):
+            return carried
+        if not (stop is None or (type(stop) is int and stop < 0)):
+            return carried
+        pads.append((-(start or 0), stop or 0))
+    device = tensor.device
+    return Lifted(
+        (x,), lambda channels: (algebra.from_padding(channels, tuple(pads), "zeros", device),), 1, carried=carried
+    )
 
 
 def _chosen(call: Call) -> Lifted | None:
