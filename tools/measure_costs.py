@@ -280,16 +280,24 @@ def priced_pairs(found: Iterable[Pair]) -> dict[str, tuple[Priced, Priced]]:
 
 
 def repriced(results: Iterable[Result]) -> list[Result]:
-    """The results with the ratios and errors of the constants that are in `machines.py` now."""
+    """The results with the ratios and errors of the constants that are in `machines.py` now.
+
+    Layers and pairs that `cost_probes.py` no longer has cannot be priced: they are dropped, and with the last of either
+    the result.
+    """
     sides = priced_pairs(pairs())
     layers = {layer_name(probe): Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()}
     new = []
     for result in results:
         machine = MACHINES[NAMES[result.runtime]]
-        ranked = tuple(replace(one, committed=ratio(sides[one.pair], machine)) for one in result.ranked)
-        took = [seconds for seconds, _ in result.layers.values()]
-        error = spread(machine, [layers[name] for name in result.layers], took)
-        new.append(replace(result, ranked=ranked, errors={**result.errors, "committed": error}))
+        ranked = tuple(
+            replace(one, committed=ratio(sides[one.pair], machine)) for one in result.ranked if one.pair in sides
+        )
+        kept = {name: row for name, row in result.layers.items() if name in layers}
+        if not (ranked and kept):
+            continue
+        error = spread(machine, [layers[name] for name in kept], [seconds for seconds, _ in kept.values()])
+        new.append(replace(result, layers=kept, ranked=ranked, errors={**result.errors, "committed": error}))
     return new
 
 
