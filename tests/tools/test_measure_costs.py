@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reparam.passes.machines import EAGER_CPU, MACHINES, Machine
 from tools.cost_probes import pairs, probes
-from tools.cost_table import NAMES, Ranked, as_python, load, score
-from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, repeated
+from tools.cost_table import NAMES, Ranked, as_python, load, markdown, save, score
+from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, repeated, repriced
 
 FACTS, RESULTS = load(ROOT / "tools" / "results")
 PASTED = [result for result in RESULTS if result.threads == 1]
@@ -65,6 +67,34 @@ def test_a_worse_machine_ranks_worse() -> None:
         )
         good, decided = (int(number) for number in score(worse, "committed").split(" of "))
         assert good / decided < 0.8
+
+
+def test_repricing_drops_what_the_probes_no_longer_have() -> None:
+    """Layers and pairs that were renamed or removed since cannot be priced; the others keep what the clock said."""
+    (result,) = [one for one in PASTED if one.runtime == "eager"]
+    gone = replace(
+        result,
+        layers={**result.layers, "depthwise 99x99 of 1x1x1x1": (1.0, 1.0)},
+        ranked=(*result.ranked, replace(result.ranked[0], pair="a | b")),
+        errors={"fitted": 1.0, "committed": 99.0},
+    )
+    nothing = replace(gone, layers={"depthwise 99x99 of 1x1x1x1": (1.0, 1.0)})
+    (again,) = repriced([gone, nothing])
+    assert (again.layers, again.ranked) == (result.layers, result.ranked)
+    assert again.errors == {"fitted": 1.0, "committed": pytest.approx(result.errors["committed"])}
+
+
+def test_results_older_than_a_constant_are_read(tmp_path: Path) -> None:
+    (first, *_) = RESULTS
+    save(tmp_path, FACTS, [first])
+    file = tmp_path / "costs.json"
+    rows = json.loads(file.read_text())
+    del rows["results"][0]["machine"]["taps"]
+    file.write_text(json.dumps(rows))
+    facts, (again,) = load(tmp_path)
+    assert (facts, again.ranked, again.machine.launch) == (FACTS, first.ranked, first.machine.launch)
+    assert math.isnan(again.machine.taps)
+    assert "| - |" in markdown([again], facts)
 
 
 def ranked(**values: Any) -> Ranked:
