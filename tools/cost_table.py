@@ -94,7 +94,8 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
         "",
         f"`{facts['command']}`, {facts['hardware']}, torch {facts['torch']}, onnxruntime {facts['onnxruntime']}; "
         "float32, paired and interleaved, medians. "
-        "The constants in `reparam/passes/machines.py` are those with 1 thread.",
+        "The constants in `reparam/passes/machines.py` are those with 1 thread. "
+        f"Fitted in the last run: {facts['constants'].replace(',', ', ')}; others, if any, were held as committed.",
         "",
         "| runtime | threads | " + " | ".join(field.name for field in fields(Machine)) + " |",
         "|---|--:|" + "--:|" * len(fields(Machine)),

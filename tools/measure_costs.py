@@ -1,6 +1,7 @@
 """Measures the constants of `reparam/passes/machines.py` on this machine, and how well they rank alternatives.
 
-    python tools/measure_costs.py [--runtimes eager,onnxruntime,cuda] [--threads 1,0] [--seconds 40] [--reprice]
+    python tools/measure_costs.py [--runtimes eager,onnxruntime,cuda] [--threads 1,0] [--seconds 40]
+        [--constants launch,layer,...] [--refit | --reprice]
 
 Constants: each layer of `tools/cost_probes.py` is run once and four times in a row; a third of the difference is its
 time inside a network. The constants are the non-negative least squares of the relative errors over all layers; they are
@@ -8,6 +9,9 @@ printed as Python, ready to paste. Ranking: the alternatives of each pair run in
 decides where the 95% bootstrap interval of their ratio excludes 1 and the medians differ by 3% or more. The model
 ranks a pair as the clock does if it prices the faster one lower. It is asked twice: with the constants just measured,
 and with those in `machines.py`; `--reprice` asks it again after these were edited, and measures nothing.
+
+`--constants` fits only those named and holds the others at what `machines.py` says, so that choices that do not depend
+on them stay; `--refit` fits again to the layers of the last run, and measures nothing.
 
 With 1 thread the clock is the processor time of the thread that calls, which other processes disturb little; else it is
 the wall clock.
@@ -56,6 +60,7 @@ from tools.cost_table import NAMES, Ranked, Result, as_python, load, save, score
 
 SECONDS = ("launch", "layer", "grouped")
 RATES = ("macs", "depthwise", "wide", "windows", "taps", "bandwidth", "layer_bandwidth")
+CONSTANTS = (*SECONDS, *RATES)
 BLOCKS = (1, 4, 8, 16)
 LAYERS = 4
 REPEATED = 3
@@ -162,21 +167,28 @@ class Priced:
 
 def unit(name: str, block: int) -> Machine:
     """A machine on which everything is free but what one constant prices, and that costs a second each."""
-    values = {**dict.fromkeys(SECONDS, 0.0), **dict.fromkeys(RATES, float("inf"))}
-    return Machine(**{**values, name: 1.0}, block=block)
+    return Machine(**{**{other: free(other) for other in CONSTANTS}, name: 1.0}, block=block)
 
 
-def fit(layers: Sequence[Priced], measured: Sequence[float], pads_apart: bool) -> Machine:
-    """The machine whose prices of the layers are nearest to their measured seconds, in relative terms."""
-    names = (*SECONDS, *RATES)
+def fit(
+    layers: Sequence[Priced], measured: Sequence[float], start: Machine, names: Sequence[str] = CONSTANTS
+) -> Machine:
+    """The machine whose prices of the layers are nearest to their measured seconds, in relative terms.
+
+    Args:
+        start: says whether padding is apart, and all constants that are not in `names`; the block among them unless all
+            of `CONSTANTS` are fitted.
+    """
     best: tuple[float, Machine] | None = None
-    for block in BLOCKS:
+    for block in BLOCKS if set(names) == set(CONSTANTS) else (start.block,):
+        held = replace(start, **{name: free(name) for name in names}, block=block)
         table = np.array([[layer.seconds(unit(name, block)) for name in names] for layer in layers])
-        prices = non_negative(table / np.array(measured)[:, None])
-        values = {name: rounded(price) for name, price in zip(SECONDS, prices, strict=False)}
-        rates = zip(RATES, prices[len(SECONDS) :], strict=True)
-        values |= {name: rounded(1 / price) if price else float("inf") for name, price in rates}
-        machine = Machine(**values, block=block, pads_apart=pads_apart)
+        rest = 1 - np.array([layer.seconds(held) for layer in layers]) / np.array(measured)
+        prices = dict(zip(names, non_negative(table / np.array(measured)[:, None], rest), strict=True))
+        values = {
+            name: price if name in SECONDS else 1 / price if price else math.inf for name, price in prices.items()
+        }
+        machine = replace(held, **{name: rounded(value) for name, value in values.items()})
         error = float(np.mean(misses(machine, layers, measured)))
         if best is None or error < best[0]:
             best = error, machine
@@ -184,17 +196,22 @@ def fit(layers: Sequence[Priced], measured: Sequence[float], pads_apart: bool) -
     return best[1]
 
 
-def non_negative(table: Any) -> Any:
-    """Least squares of `table @ x = 1` with `x >= 0`: the most negative is set to zero until none is left."""
+def free(name: str) -> float:
+    """The value at which a constant prices nothing."""
+    return 0.0 if name in SECONDS else math.inf
+
+
+def non_negative(table: Any, target: Any) -> Any:
+    """Least squares of `table @ x = target` with `x >= 0`: the most negative is set to zero until none is left."""
     scale = np.abs(table).max(axis=0)
     kept = [column for column in range(table.shape[1]) if scale[column] > 0]
-    while True:
-        solution = np.linalg.lstsq(table[:, kept] / scale[kept], np.ones(len(table)), rcond=None)[0]
+    full = np.zeros(table.shape[1])
+    while kept:
+        solution = np.linalg.lstsq(table[:, kept] / scale[kept], target, rcond=None)[0]
         if solution.min() >= 0:
+            full[kept] = solution / scale[kept]
             break
         kept.pop(int(solution.argmin()))
-    full = np.zeros(table.shape[1])
-    full[kept] = solution / scale[kept]
     return full
 
 
@@ -260,7 +277,7 @@ def run(runtime: str, threads: int, args: argparse.Namespace) -> Result:
         # A layer that is lost in the noise of its neighbours says nothing.
         sound = [index for index, seconds in enumerate(took) if seconds > 1e-7]
         kept, times = [layers[i] for i in sound], [took[i] for i in sound]
-        machine = fit(kept, times, MACHINES[NAMES[runtime]].pads_apart)
+        machine = fit(kept, times, MACHINES[NAMES[runtime]], args.constants.split(","))
         errors = {"fitted": spread(machine, kept, times)}
         errors["committed"] = spread(MACHINES[NAMES[runtime]], kept, times)
         ranked = rank(list(pairs()), runtime, threads, args.seconds, machine, folder)
@@ -301,6 +318,31 @@ def repriced(results: Iterable[Result]) -> list[Result]:
     return new
 
 
+def refitted(results: Iterable[Result], names: Sequence[str]) -> list[Result]:
+    """The results with the constants in `names` fitted again; those that lack a constant or a layer stay."""
+    sides = priced_pairs(pairs())
+    layers = {layer_name(probe): Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()}
+    new = []
+    for result in results:
+        if any(math.isnan(getattr(result.machine, name)) for name in CONSTANTS) or not set(result.layers) <= set(
+            layers
+        ):
+            new.append(result)
+            continue
+        kept, took = [layers[name] for name in result.layers], [seconds for seconds, _ in result.layers.values()]
+        machine = fit(kept, took, MACHINES[NAMES[result.runtime]], names)
+        new.append(
+            replace(
+                result,
+                machine=machine,
+                errors={**result.errors, "fitted": spread(machine, kept, took)},
+                layers={name: (seconds, layers[name].seconds(machine)) for name, (seconds, _) in result.layers.items()},
+                ranked=tuple(replace(one, fitted=ratio(sides[one.pair], machine)) for one in result.ranked),
+            )
+        )
+    return new
+
+
 def ratio(sides: tuple[Priced, Priced], machine: Machine) -> float:
     """Price of the first over that of the second."""
     return sides[0].seconds(machine) / sides[1].seconds(machine)
@@ -328,6 +370,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runtimes", default="eager,onnxruntime,cuda", help="of these, those that are there")
     parser.add_argument("--threads", default="1,0", help="numbers of threads; 0 is torch's default")
     parser.add_argument("--seconds", type=float, default=40.0, help="for the layers, and again for the pairs")
+    parser.add_argument("--constants", default=",".join(CONSTANTS), help="fit these; the others stay as committed")
+    parser.add_argument("--refit", action="store_true", help="measure nothing; fit again to the last run's layers")
     parser.add_argument("--reprice", action="store_true", help="measure nothing; price the last run's pairs again")
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results")
     return parser.parse_args()
@@ -336,11 +380,16 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     warnings.simplefilter("ignore")
-    if args.reprice:
+    if args.reprice or args.refit:
         facts, results = load(args.out)
+        if args.refit:
+            facts["constants"] = args.constants
+            results = refitted(results, args.constants.split(","))
         results = repriced(results)
         save(args.out, facts, results)
         for result in results:
+            if args.refit and result.threads == 1:
+                print(as_python(result))
             print(f"{result.runtime}, {result.threads} thread(s): {score(result, 'committed')}")
         return 0
     default = torch.get_num_threads()
@@ -352,6 +401,7 @@ def main() -> int:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "onnxruntime": __import__("onnxruntime").__version__ if "onnxruntime" in runtimes else "-",
+        "constants": args.constants,
         "date": time.strftime("%Y-%m-%d"),
     }
     earlier = load(args.out)[1] if (args.out / "costs.json").exists() else []

@@ -82,32 +82,32 @@ class Machine:
 
 
 EAGER_CPU = Machine(
-    launch=3.5e-6,
-    layer=1.1e-5,
-    grouped=8.2e-5,
-    macs=4e10,
-    depthwise=5e10,
+    launch=5.5e-6,
+    layer=2.1e-5,
+    grouped=1.1e-4,
+    macs=3.3e10,
+    depthwise=3.4e10,
     wide=1.3e9,
-    windows=1.2e8,
+    windows=1.3e8,
     taps=2.7e9,
-    bandwidth=4.2e10,
-    layer_bandwidth=8.9e9,
+    bandwidth=3.5e10,
+    layer_bandwidth=8.2e9,
     block=8,
     pads_apart=True,
 )
 """Measured: `tools/results/costs.md`, 1 thread. Layers convert their tensors' layout, which `layer_bandwidth` shows."""
 
 ONNXRUNTIME_CPU = Machine(
-    launch=7.1e-7,
-    layer=0.0,
-    grouped=7e-7,
-    macs=4.2e10,
-    depthwise=2.2e10,
+    launch=7.3e-7,
+    layer=4.4e-8,
+    grouped=1.5e-6,
+    macs=4e10,
+    depthwise=2.1e10,
     wide=1.4e10,
     windows=math.inf,
-    taps=2.4e10,
-    bandwidth=3.6e10,
-    layer_bandwidth=4.3e10,
+    taps=2.6e10,
+    bandwidth=2.8e10,
+    layer_bandwidth=3.5e10,
     block=8,
     pads_apart=False,
 )

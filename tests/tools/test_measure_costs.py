@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from reparam.passes.machines import EAGER_CPU, MACHINES, Machine
+from reparam.passes.machines import CUDA, EAGER_CPU, MACHINES, Machine
 from tools.cost_probes import pairs, probes
 from tools.cost_table import NAMES, Ranked, as_python, load, markdown, save, score
-from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, repeated, repriced
+from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, refitted, repeated, repriced
 
 FACTS, RESULTS = load(ROOT / "tools" / "results")
 PASTED = [result for result in RESULTS if result.threads == 1]
@@ -29,9 +29,20 @@ TRUE = [EAGER_CPU, Machine(1e-6, 0.0, 0.0, 4e10, 1e10, 5e9, 2e8, 3e9, 2e10, 3e10
 
 @pytest.mark.parametrize("machine", TRUE, ids=["eager", "no layer price"])
 def test_the_fit_finds_the_constants_that_made_the_times(machine: Machine, layers: list[Priced]) -> None:
-    found = fit(layers, [layer.seconds(machine) for layer in layers], machine.pads_apart)
+    start = replace(CUDA, pads_apart=machine.pads_apart)
+    found = fit(layers, [layer.seconds(machine) for layer in layers], start)
     for name, value in asdict(machine).items():
         assert getattr(found, name) == pytest.approx(value, rel=0.03, abs=1e-9), name
+
+
+def test_constants_that_are_held_stay(layers: list[Priced]) -> None:
+    """The times are those of another pooling and of a launch that is held: only the pooling is found."""
+    true = replace(EAGER_CPU, windows=5e8, taps=9e9)
+    times = [layer.seconds(true) for layer in layers]
+    assert fit(layers, times, EAGER_CPU, ["windows", "taps"]) == true
+    off = fit(layers, times, replace(EAGER_CPU, launch=1e-6), ["windows", "taps"])
+    assert off.launch == 1e-6
+    assert off != replace(true, launch=1e-6)
 
 
 def test_the_constants_are_those_that_were_measured() -> None:
@@ -39,6 +50,15 @@ def test_the_constants_are_those_that_were_measured() -> None:
     assert {result.runtime for result in PASTED} == {"eager", "onnxruntime"}
     for result in PASTED:
         assert MACHINES[NAMES[result.runtime]] == result.machine, f"paste:\n{as_python(result)}"
+
+
+def test_fitting_again_to_the_measured_layers_changes_nothing() -> None:
+    """The fitted constants follow from the times in the file; a result that lacks a constant is left alone."""
+    names = FACTS["constants"].split(",")
+    off = [replace(result, machine=replace(result.machine, **dict.fromkeys(names, 1.0))) for result in PASTED]
+    assert [result.machine for result in refitted(off, names)] == [result.machine for result in PASTED]
+    lacking = replace(PASTED[0], machine=replace(PASTED[0].machine, taps=math.nan))
+    assert refitted([lacking], names) == [lacking]
 
 
 def test_the_table_is_that_of_the_constants() -> None:
