@@ -73,6 +73,19 @@ class Double(nn.Module):
         return x + x
 
 
+class Mixed(nn.Module):
+    """An average pooling in place of a part of its input: `x + gamma * (pool(x) - x)`."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.pool = pool(kernel)
+        self.factor = nn.Parameter(torch.rand(channels, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum."""
+        return x + self.factor * (self.pool(x) - x)
+
+
 class PadInFront(nn.Module):
     """Zero padding as an operation of its own, then a layer."""
 
@@ -93,16 +106,23 @@ def conv(channels: int, kernel: int | tuple[int, int], groups: int = 1, to: int 
     return nn.Conv2d(channels, to or channels, sizes, padding=padding, groups=groups)
 
 
+def pool(kernel: int) -> nn.AvgPool2d:
+    """An average pooling that keeps the image size and counts its padding."""
+    return nn.AvgPool2d(kernel, 1, kernel // 2)
+
+
 def probes() -> Iterator[Probe]:
     """The layers that set the constants."""
     for c, size in PROBED:
         shape = (1, c, size, size)
         for k in (1, 3, 5, 7):
             yield Probe(f"conv {k}x{k}", lambda c=c, k=k: conv(c, k), shape)  # type: ignore[misc]
-        for k in (3, 5, 7):
+        for k in (3, 5, 7, 11):
             yield Probe(f"depthwise {k}x{k}", lambda c=c, k=k: conv(c, k, c), shape)  # type: ignore[misc]
         for g in (2, 4, 8):
             yield Probe(f"conv 3x3, {g} groups", lambda c=c, g=g: conv(c, 3, g), shape)  # type: ignore[misc]
+        for k in (3, 5, 7, 11):
+            yield Probe(f"average pool {k}x{k}", lambda k=k: pool(k), shape)  # type: ignore[misc]
         yield Probe("add", Double, shape)
         yield Probe("scale", lambda c=c: Scale(c), shape)  # type: ignore[misc]
     for c, rows in ((64, 1), (512, 1), (512, 64), (64, 4096)):
@@ -143,7 +163,14 @@ def _of_images(c: int) -> list[tuple[str, Make, Make]]:
         ("3x3, 4 groups | 3x3", lambda: conv(c, 3, 4), lambda: conv(c, 3)),
         ("3x3, groups of 4 | depthwise 3x3", lambda: conv(c, 3, c // 4), lambda: conv(c, 3, c)),
         ("3x3, groups of 8 | depthwise 3x3", lambda: conv(c, 3, c // 8), lambda: conv(c, 3, c)),
-        ("average pool 3x3, 1x1 | 3x3", two(lambda: nn.AvgPool2d(3, 1, 1), lambda: conv(c, 1)), lambda: conv(c, 3)),
+        ("average pool 3x3, 1x1 | 3x3", two(lambda: pool(3), lambda: conv(c, 1)), lambda: conv(c, 3)),
+        ("average pool 7x7, scale | depthwise 7x7", two(lambda: pool(7), lambda: Scale(c)), lambda: conv(c, 7, c)),
+        (
+            "average pool 11x11, scale | depthwise 11x11",
+            two(lambda: pool(11), lambda: Scale(c)),
+            lambda: conv(c, 11, c),
+        ),
+        ("average pool 3x3 for a part | depthwise 3x3", lambda: Mixed(c, 3), lambda: conv(c, 3, c)),
         (
             "pad, 3x3 | 3x3",
             lambda: PadInFront(nn.Conv2d(c, c, 3), [1, 1, 1, 1]),

@@ -76,6 +76,11 @@ def literal(value: float | bool) -> str:
     return repr(value)
 
 
+def cell(value: float | bool) -> str:
+    """A constant in the table."""
+    return "-" if math.isnan(value) else f"{value:g}"
+
+
 def score(result: Result, which: str) -> str:
     """`61 of 63`: pairs that the model ranks as the clock does, of those that the clock tells apart."""
     good = sum(one.agrees(getattr(one, which)) for one in result.decided)
@@ -95,11 +100,12 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
         "|---|--:|" + "--:|" * len(fields(Machine)),
     ]
     for result in results:
-        cells = " | ".join(f"{getattr(result.machine, field.name):g}" for field in fields(Machine))
+        cells = " | ".join(cell(getattr(result.machine, field.name)) for field in fields(Machine))
         lines.append(f"| {result.runtime} | {result.threads} | {cells} |")
     lines += [
         "",
-        "launch, layer and grouped are seconds, the rest multiply-adds or bytes per second.",
+        "launch, layer and grouped are seconds, the rest multiply-adds, windows, elements or bytes per second; "
+        "inf is free, and - was not measured.",
         "",
         "Load is the number of processes that wanted to run in the minute before: above 1, others ran too.",
         "",
@@ -134,14 +140,15 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
 
 
 def load(out: Path) -> tuple[dict[str, Any], list[Result]]:
-    """The facts and results of an earlier run."""
+    """The facts and results of an earlier run; a constant that was not fitted then is NaN."""
+    unknown = {field.name: math.nan for field in fields(Machine)}
     facts = json.loads((out / "costs.json").read_text())
     results = [
         Result(
             row["runtime"],
             row["threads"],
             row["load"],
-            Machine(**row["machine"]),
+            Machine(**{**unknown, **row["machine"]}),
             row["errors"],
             {name: (took, price) for name, (took, price) in row["layers"].items()},
             tuple(Ranked(**one) for one in row["ranked"]),

@@ -9,6 +9,9 @@ decides where the 95% bootstrap interval of their ratio excludes 1 and the media
 ranks a pair as the clock does if it prices the faster one lower. It is asked twice: with the constants just measured,
 and with those in `machines.py`; `--reprice` asks it again after these were edited, and measures nothing.
 
+With 1 thread the clock is the processor time of the thread that calls, which other processes disturb little; else it is
+the wall clock.
+
 Results go to `tools/results/costs.json` and `.md`, where they replace those of the same runtime and number of threads.
 `--threads 0` is torch's default number; runtimes that this machine does not have are left out.
 """
@@ -36,7 +39,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from reparam.bench import statistics  # noqa: E402
-from reparam.bench.machine import clock_for, hardware_name, system_load  # noqa: E402
+from reparam.bench.machine import Clock, WallClock, clock_for, hardware_name, system_load  # noqa: E402
 from reparam.bench.measure import Runner, measure  # noqa: E402
 from reparam.capture.trace import capture  # noqa: E402
 from reparam.graph.constants import Constants  # noqa: E402
@@ -52,7 +55,7 @@ from tools.cost_probes import Pair, Probe, pairs, probes  # noqa: E402
 from tools.cost_table import NAMES, Ranked, Result, as_python, load, save, score  # noqa: E402
 
 SECONDS = ("launch", "layer", "grouped")
-RATES = ("macs", "depthwise", "bandwidth", "layer_bandwidth")
+RATES = ("macs", "depthwise", "wide", "windows", "taps", "bandwidth", "layer_bandwidth")
 BLOCKS = (1, 4, 8, 16)
 LAYERS = 4
 REPEATED = 3
@@ -60,6 +63,23 @@ REPEATED = 3
 CALL_SECONDS = 2e-4
 
 Call = Callable[[], Any]
+
+
+class ThreadClock(WallClock):
+    """Times a call by the processor time of this thread: what other processes take away does not count."""
+
+    def time(self, call: Call) -> float:
+        """Processor seconds of this thread between call and return."""
+        start = time.thread_time()
+        call()
+        return time.thread_time() - start
+
+
+def clock(runtime: str, threads: int) -> Clock:
+    """Processor time where the calling thread does all the work, else the clock that bench uses."""
+    if runtime != "cuda" and threads == 1:
+        return ThreadClock()
+    return clock_for(torch.device("cuda" if runtime == "cuda" else "cpu"))
 
 
 def repeated(make: Callable[[], nn.Module], count: int, relu: bool) -> nn.Module:
@@ -93,9 +113,8 @@ def caller(runtime: str, module: nn.Module, shape: tuple[int, ...], threads: int
     return lambda: session.run(["y"], feeds)
 
 
-def samples(calls: dict[str, Call], runtime: str, seconds: float) -> dict[str, list[float]]:
+def samples(calls: dict[str, Call], ticks: Clock, seconds: float) -> dict[str, list[float]]:
     """Seconds of each call, paired and interleaved; entry `i` of every label belongs to one round."""
-    clock = clock_for(torch.device("cuda" if runtime == "cuda" else "cpu"))
     counts: dict[str, int] = {}
 
     def loop(call: Call, count: int) -> Call:
@@ -110,10 +129,10 @@ def samples(calls: dict[str, Call], runtime: str, seconds: float) -> dict[str, l
         for label, call in calls.items():
             for _ in range(3):
                 call()
-            once = min(clock.time(call) for _ in range(3))
+            once = min(ticks.time(call) for _ in range(3))
             counts[label] = max(1, min(200, round(CALL_SECONDS / once)))
             ready = loop(call, counts[label])
-            runners.append(Runner(label, lambda ready=ready: ready, clock, label))  # type: ignore[misc]
+            runners.append(Runner(label, lambda ready=ready: ready, ticks, label))  # type: ignore[misc]
         measured = measure(runners, min_runs=7, max_seconds=seconds, seed=0)
     if measured.partial:
         raise KeyboardInterrupt
@@ -201,7 +220,7 @@ def measured_layers(found: Sequence[Probe], runtime: str, threads: int, seconds:
         for count in (1, LAYERS):
             module = repeated(probe.make, count, relu=False)
             calls[f"{index}/{count}"] = caller(runtime, module, probe.shape, threads, folder)
-    took = samples(calls, runtime, seconds)
+    took = samples(calls, clock(runtime, threads), seconds)
     ones, many = ([took[f"{index}/{count}"] for index in range(len(found))] for count in (1, LAYERS))
     return [
         statistics.median([(b - a) / (LAYERS - 1) for a, b in zip(one, more, strict=True)])
@@ -220,7 +239,7 @@ def rank(
         for side, make in (("a", pair.first), ("b", pair.second)):
             module = repeated(make, REPEATED, relu=True)
             calls[f"{index}{side}"] = caller(runtime, module, pair.shape, threads, folder)
-    took = samples(calls, runtime, seconds)
+    took = samples(calls, clock(runtime, threads), seconds)
     for index, pair in enumerate(found):
         a, b = f"{index}a", f"{index}b"
         interval = statistics.ratio_interval(took[a], took[b], seed=0)
@@ -261,16 +280,24 @@ def priced_pairs(found: Iterable[Pair]) -> dict[str, tuple[Priced, Priced]]:
 
 
 def repriced(results: Iterable[Result]) -> list[Result]:
-    """The results with the ratios and errors of the constants that are in `machines.py` now."""
+    """The results with the ratios and errors of the constants that are in `machines.py` now.
+
+    Layers and pairs that `cost_probes.py` no longer has cannot be priced: they are dropped, and with the last of either
+    the result.
+    """
     sides = priced_pairs(pairs())
     layers = {layer_name(probe): Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()}
     new = []
     for result in results:
         machine = MACHINES[NAMES[result.runtime]]
-        ranked = tuple(replace(one, committed=ratio(sides[one.pair], machine)) for one in result.ranked)
-        took = [seconds for seconds, _ in result.layers.values()]
-        error = spread(machine, [layers[name] for name in result.layers], took)
-        new.append(replace(result, ranked=ranked, errors={**result.errors, "committed": error}))
+        ranked = tuple(
+            replace(one, committed=ratio(sides[one.pair], machine)) for one in result.ranked if one.pair in sides
+        )
+        kept = {name: row for name, row in result.layers.items() if name in layers}
+        if not (ranked and kept):
+            continue
+        error = spread(machine, [layers[name] for name in kept], [seconds for seconds, _ in kept.values()])
+        new.append(replace(result, layers=kept, ranked=ranked, errors={**result.errors, "committed": error}))
     return new
 
 
@@ -338,7 +365,7 @@ def main() -> int:
             print(f"pairs ranked as the clock does: {score(result, 'fitted')}; committed: {score(result, 'committed')}")
             print(as_python(result), flush=True)
     measured = {(result.runtime, result.threads) for result in results}
-    kept = [result for result in repriced(earlier) if (result.runtime, result.threads) not in measured]
+    kept = repriced(result for result in earlier if (result.runtime, result.threads) not in measured)
     order = list(NAMES)
     results = sorted([*results, *kept], key=lambda result: (order.index(result.runtime), result.threads))
     save(args.out, facts, results)

@@ -61,8 +61,8 @@ class CostModel:
         return cost.seconds <= original.seconds * (1 + _SAME)
 
     def priced(self, macs: int, moved: int, launches: int, parameters: int = 0) -> Cost:
-        """Operations that are no layers with weights: they scale, add, pool, pad or copy."""
-        return Cost(macs, moved, launches, self.machine.elementwise(macs, moved, launches), parameters)
+        """Operations that are no layers with weights: they scale, add, pad or copy."""
+        return Cost(macs, moved, launches, self.machine.elementwise(moved, launches), parameters)
 
     def of_map(self, geometry: Geometry, source: TensorInfo, axis: int) -> Cost:
         """Running a map on `source`, whose channels lie in `axis`, as one layer."""
@@ -111,8 +111,16 @@ class CostModel:
             return self.priced(0, moved, 1, weights)
         made = mixing[0]
         if not made.has_weights:
-            return self.priced(out.numel * prod(made.geometry.weight_shape[1:]), moved, 1)
+            return self._unweighted(made.geometry, out.numel, moved)
         return self._layer(made.geometry, out.numel, moved, weights) + self._padding(made.geometry, (*sources, out)[0])
+
+    def _unweighted(self, geometry: Geometry, out: int, moved: int) -> Cost:
+        """A pooling, or an operation that moves elements: a padding, a selection of channels."""
+        kernel = prod(geometry.kernel)
+        macs = out * prod(geometry.weight_shape[1:])
+        if kernel == 1:
+            return self.priced(macs, moved, 1)
+        return Cost(macs, moved, 1, self.machine.pooling(out, kernel, moved))
 
     def _layer(self, geometry: Geometry, out: int, moved: int, weights: int) -> Cost:
         machine, groups = self.machine, geometry.groups
@@ -120,16 +128,25 @@ class CostModel:
         if groups == 1:
             seconds = machine.dense(macs, moved)
         elif groups == geometry.in_channels == geometry.out_channels:
-            seconds = machine.separable(macs, moved)
+            seconds = machine.separable(macs, moved, self._padded_by_the_layer(geometry))
         else:
             widths = geometry.in_channels // groups, geometry.out_channels // groups
             seconds = machine.in_groups(macs, moved, widths)
         return Cost(macs, moved, 1, seconds, weights)
 
+    def _pads_apart(self, geometry: Geometry) -> bool:
+        """Whether padding is an operation of its own, since the layer cannot pad one side only."""
+        one_sided = any(low != high for low, high in geometry.padding) and not geometry.is_transposed
+        return self.machine.pads_apart and one_sided
+
+    def _padded_by_the_layer(self, geometry: Geometry) -> int:
+        """Positions that a layer which pads with zeros itself adds on a side of a row."""
+        alone = geometry.is_transposed or geometry.padding_mode != "zeros" or self._pads_apart(geometry)
+        return 0 if alone or not geometry.rank else max(geometry.padding[-1])
+
     def _padding(self, geometry: Geometry, source: TensorInfo) -> Cost:
         """What padding costs that the layer cannot do itself."""
-        one_sided = any(low != high for low, high in geometry.padding) and not geometry.is_transposed
-        if not (self.machine.pads_apart and one_sided):
+        if not self._pads_apart(geometry):
             return Cost()
         return self.priced(0, 2 * source.dtype.itemsize * source.numel, 1)
 

@@ -187,9 +187,9 @@ def _loses_on(machine: Machine, group: list[Branch]) -> bool:
     first, fewer = group[0], len(group) - 1
     launches = 2 if first.is_linear and len(first.result.shape) > 2 and first.map.bias is not None else 1
     moved = 2 * sum(branch.result.numel * branch.result.dtype.itemsize for branch in group)
-    copies = machine.elementwise(0, moved)
+    copies = machine.elementwise(moved)
     if not first.is_linear:
-        copies += machine.elementwise(0, moved, len(group))
+        copies += machine.elementwise(moved, len(group))
     return fewer * launches * machine.dense(0, 0) < copies
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reparam.passes.machines import EAGER_CPU, MACHINES, Machine
 from tools.cost_probes import pairs, probes
-from tools.cost_table import NAMES, Ranked, as_python, load, score
-from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, repeated
+from tools.cost_table import NAMES, Ranked, as_python, load, markdown, save, score
+from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, repeated, repriced
 
 FACTS, RESULTS = load(ROOT / "tools" / "results")
 PASTED = [result for result in RESULTS if result.threads == 1]
@@ -22,7 +24,7 @@ def layers() -> list[Priced]:
     return [Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()]
 
 
-TRUE = [EAGER_CPU, Machine(1e-6, 0.0, 0.0, 4e10, 1e10, 2e10, 3e10, block=4, pads_apart=False)]
+TRUE = [EAGER_CPU, Machine(1e-6, 0.0, 0.0, 4e10, 1e10, 5e9, 2e8, 3e9, 2e10, 3e10, block=4, pads_apart=False)]
 
 
 @pytest.mark.parametrize("machine", TRUE, ids=["eager", "no layer price"])
@@ -58,13 +60,41 @@ def test_most_pairs_are_ranked_as_the_clock_does() -> None:
 def test_a_worse_machine_ranks_worse() -> None:
     """The score can fall: on a machine where only launches cost, the pairs that trade work for launches are wrong."""
     sides = priced_pairs(pairs())
-    launches = Machine(1.0, 0.0, 0.0, 1e30, 1e30, 1e30, 1e30)
+    launches = Machine(1.0, 0.0, 0.0, *(1e30,) * 7)
     for result in PASTED:
         worse = replace(
             result, ranked=tuple(replace(one, committed=ratio(sides[one.pair], launches)) for one in result.ranked)
         )
         good, decided = (int(number) for number in score(worse, "committed").split(" of "))
         assert good / decided < 0.8
+
+
+def test_repricing_drops_what_the_probes_no_longer_have() -> None:
+    """Layers and pairs that were renamed or removed since cannot be priced; the others keep what the clock said."""
+    (result,) = [one for one in PASTED if one.runtime == "eager"]
+    gone = replace(
+        result,
+        layers={**result.layers, "depthwise 99x99 of 1x1x1x1": (1.0, 1.0)},
+        ranked=(*result.ranked, replace(result.ranked[0], pair="a | b")),
+        errors={"fitted": 1.0, "committed": 99.0},
+    )
+    nothing = replace(gone, layers={"depthwise 99x99 of 1x1x1x1": (1.0, 1.0)})
+    (again,) = repriced([gone, nothing])
+    assert (again.layers, again.ranked) == (result.layers, result.ranked)
+    assert again.errors == {"fitted": 1.0, "committed": pytest.approx(result.errors["committed"])}
+
+
+def test_results_older_than_a_constant_are_read(tmp_path: Path) -> None:
+    (first, *_) = RESULTS
+    save(tmp_path, FACTS, [first])
+    file = tmp_path / "costs.json"
+    rows = json.loads(file.read_text())
+    del rows["results"][0]["machine"]["taps"]
+    file.write_text(json.dumps(rows))
+    facts, (again,) = load(tmp_path)
+    assert (facts, again.ranked, again.machine.launch) == (FACTS, first.ranked, first.machine.launch)
+    assert math.isnan(again.machine.taps)
+    assert "| - |" in markdown([again], facts)
 
 
 def ranked(**values: Any) -> Ranked:
