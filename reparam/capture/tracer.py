@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from reparam.capture.calls import traced_calls
@@ -196,6 +197,10 @@ class ValueTracer(fx.Tracer):
         return proxy  # type: ignore[no-any-return]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m).__module__.startswith("torch.nn.utils.") or (
+            parametrize.is_parametrized(m) and not isinstance(m, nn.RNNBase)
+        ):
+            return False  # computes weights: in the graph, so that it is done once
         return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:

@@ -6,7 +6,7 @@ import copy
 
 from torch import fx, nn
 
-from reparam.graph.emit import Layer
+from reparam.graph.emit import Constant, Layer
 from reparam.graph.nodes import set_module
 
 
@@ -33,7 +33,7 @@ def float64_twin(module: fx.GraphModule) -> fx.GraphModule:
         layer = None if make is None else make()
         if isinstance(layer, Layer) and layer.module is not None:
             set_module(twin, str(node.target), layer.module)
-        elif isinstance(layer, Layer):
+        elif isinstance(layer, (Layer, Constant)):
             path, _, name = str(node.target).rpartition(".")
             twin.get_submodule(path).register_buffer(name, getattr(layer, name))
     return twin

@@ -5,6 +5,7 @@ They are evaluated on demand and in float64, because they feed weights that are 
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -12,17 +13,23 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from reparam.graph.nodes import attribute, pinned
+from reparam.graph.nodes import attribute, module_of, pinned
 from reparam.graph.normal import mutated
 
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential", "empty", "uniform")
 
 
 class Constants:
-    """Which nodes are constant, and their values."""
+    """Which nodes are constant, and their values.
 
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+    Args:
+        graph, root: the graph, and the module that its targets refer to.
+        layers: whether a layer of torch that reads a constant makes one.
+    """
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, *, layers: bool = False) -> None:
         self._root = root
+        self._layers = layers
         self._values: dict[fx.Node, Any] = {}
         self._constant: set[fx.Node] = set()
         for node in graph.nodes:
@@ -51,7 +58,9 @@ class Constants:
     def _is_constant(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
             return pinned(node) is None
-        if node.op not in ("call_function", "call_method") or pinned(node) or mutated(node, self._root) is not None:
+        if node.op in ("placeholder", "output") or pinned(node) or mutated(node, self._root) is not None:
+            return False
+        if node.op == "call_module" and not (self._layers and _is_pure(module_of(node, self._root))):
             return False
         if not node.all_input_nodes or any(other not in self._constant for other in node.all_input_nodes):
             return False
@@ -63,11 +72,22 @@ class Constants:
             return _doubled(_unrounded(node, attribute(self._root, str(node.target))))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: self._values[other])
         with torch.no_grad():
-            if node.op == "call_method":
+            if node.op == "call_module":
+                value = copy.deepcopy(module_of(node, self._root)).double()(*args, **kwargs)  # type: ignore[union-attr]
+            elif node.op == "call_method":
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
         return pytree.tree_map_only(torch.Tensor, _doubled, value)
+
+
+def _is_pure(module: nn.Module | None) -> bool:
+    """Whether it is a layer of torch that computes the same in every call."""
+    if module is None or not type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return False
+    return not module.training and not isinstance(module, nn.RNNBase)
 
 
 def _unrounded(node: fx.Node, value: Any) -> Any:

@@ -68,6 +68,13 @@ class Layer:
     float64: Callable[[], Layer | Inexact] | None = None
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A constant tensor, before it was rounded."""
+
+    value: torch.Tensor
+
+
 def layer_for(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | None) -> Layer | Inexact:
     """The layer that computes `map_` (without its own bias) plus `bias`, for results shaped and typed `like`."""
     layer = _layer(map_, like, axis, bias)
@@ -148,16 +155,31 @@ def _resize(args: list[Any], kwargs: dict[str, Any], axis: int, channels: int) -
         kwargs["shape"] = tuple(sizes)
 
 
+def insert_constant(
+    graph: fx.Graph, root: nn.Module, path: str, value: torch.Tensor, float64: Callable[[], Constant]
+) -> fx.Node:
+    """Inserts a read of a constant, which is kept under the qualified name `path`, and returns its node."""
+    holder = nn.Module()
+    set_module(root, path, holder)
+    return _buffer(graph, holder, f"{path}.value", value, float64)
+
+
+def _buffer(
+    graph: fx.Graph, holder: nn.Module, path: str, value: torch.Tensor, float64: Callable[[], Any] | None
+) -> fx.Node:
+    holder.register_buffer(path.rpartition(".")[2], value)
+    node = graph.get_attr(path)
+    node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
+    node.meta["float64"] = float64
+    return node
+
+
 def _scale_shift(graph: fx.Graph, root: nn.Module, source: fx.Node, layer: Layer, path: str) -> fx.Node:
     holder = nn.Module()
     set_module(root, path, holder)
 
     def constant(name: str, value: torch.Tensor) -> fx.Node:
-        holder.register_buffer(name, value)
-        node = graph.get_attr(f"{path}.{name}")
-        node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
-        node.meta["float64"] = layer.float64
-        return node
+        return _buffer(graph, holder, f"{path}.{name}", value, layer.float64)
 
     if layer.scale is None:
         if layer.shift is None:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from reparam.passes.base import Choice, Refusal, Rewrite
 from reparam.passes.collapse import Collapse
+from reparam.passes.constant_folding import ConstantFolding
 from reparam.passes.cost import CostModel
 from reparam.passes.inference_form import InferenceForm
 from reparam.passes.join import Join
@@ -30,7 +31,8 @@ def pipeline(cost: CostModel, explain: Callable[[list[Choice]], None] | None = N
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
         # moves, then the collapse, which merges what they brought together; again if that allows more moves
         Rounds(collapse=Collapse(cost=cost, explain=explain)),
-        Join(cost=cost),  # last: by now a layer and its BatchNorm, or a sum of branches, are one
+        Join(cost=cost),  # by now a layer and its BatchNorm, or a sum of branches, are one
+        ConstantFolding(),  # last: what feeds a merged weight has been merged in float64
     )
 
 

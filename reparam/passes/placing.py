@@ -52,10 +52,21 @@ def _placement(term: Term, model: CostModel) -> Placement | Inexact:
         _placed(one, at, model)
         for one in (term, term.otherwise)
         if one is not None
-        for at in sorted(_places(one), key=lambda at, one=one: abs(at - one.stood))  # type: ignore[misc]
+        for at in sorted(_places(one), key=lambda at, one=one: _distance(one, at))  # type: ignore[misc]
     ]
     found = [option for option in options if isinstance(option, Placement)]
     return model.best(found, lambda option: option.cost) if found else options[0]
+
+
+def _distance(term: Term, at: int) -> tuple[bool, int]:
+    """How far a place is from where the layers stood: whether the layer would be of another kind, then the steps."""
+    return _is_last(term, at) != _is_last(term, term.stood), abs(at - term.stood)
+
+
+def _is_last(term: Term, at: int) -> bool:
+    """Whether the channels lie in the last axis behind some steps, so that the layer is a `Linear`."""
+    axis = term.before[at - 1].axis_after if at else term.axis
+    return axis == len(tensor_before(term, at).shape) - 1
 
 
 def priced(form: Form, node: fx.Node, model: CostModel) -> Cost | Inexact:

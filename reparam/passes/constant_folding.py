@@ -1,0 +1,158 @@
+"""What depends on parameters, buffers and literals only is computed once: `f(W) = C` for every input.
+
+Evaluated in float64 and rounded once. What stays: views of a parameter, which cost nothing, and tables that would make
+the file much larger than the parameters they are made of. Random operations and storages that the forward writes to are
+no constants.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from reparam.graph.constants import Constants
+from reparam.graph.emit import Constant, insert_constant
+from reparam.graph.nodes import info, kind, place, replace_by_literal
+from reparam.graph.normal import eliminate_dead_code
+from reparam.passes.base import Refusal, Rewrite
+
+_VIEWS = [
+    "chunk",
+    "detach",
+    "expand",
+    "expand_as",
+    "flatten",
+    "getattr",
+    "movedim",
+    "narrow",
+    "permute",
+    "reshape",
+    "select",
+    "size",
+    "split",
+    "squeeze",
+    "t",
+    "transpose",
+    "unflatten",
+    "unsqueeze",
+    "view",
+]
+
+
+@dataclass(frozen=True)
+class ConstantFolding:
+    """The pass.
+
+    Attributes:
+        most: bytes that one constant may have, if it is larger than what it is made of.
+        growth: bytes that all constants together may add to the model; or a quarter of its size if that is more.
+    """
+
+    most: int = 4 << 20
+    growth: int = 16 << 20
+
+    name = "constants"
+
+    def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
+        """Rewrites the graph in place."""
+        constants = Constants(graph, root, layers=True)
+        rewrites: list[Rewrite] = []
+        refusals: list[Refusal] = []
+        left = max(self.growth, _size_of(root) // 4)
+        for node in [node for node in graph.nodes if _is_result(node, constants)]:
+            if info(node) is None:
+                _write_number(node, constants)
+                continue
+            cone = list(_cone(node))
+            if all(map(_is_view, cone)):
+                continue
+            added = _bytes(node) - sum(_bytes(other) for other in cone if other.op == "get_attr")
+            if added > 0 and (_bytes(node) > self.most or added > left):
+                refusals.append(_too_large(node, added, root))
+                continue
+            left -= max(added, 0)
+            rewrites.append(self._fold(node, cone, constants, graph, root))
+        eliminate_dead_code(graph)
+        return rewrites, refusals
+
+    def _fold(
+        self, node: fx.Node, cone: list[fx.Node], constants: Constants, graph: fx.Graph, root: nn.Module
+    ) -> Rewrite:
+        tensor = info(node)
+        assert tensor is not None
+        exact = constants.value(node)
+        value = exact.to(tensor.dtype).to(tensor.device).contiguous().clone()
+        with graph.inserting_before(node):
+            made = insert_constant(graph, root, f"constants.{node.name}", value, _remembered(exact))
+        made.meta.update({key: node.meta.get(key) for key in ("module_path", "source")})
+        node.replace_all_uses_with(made)
+        replaced = tuple(
+            f"{place(part).module}: {kind(part, root)}" for part in reversed(cone) if part.op != "get_attr"
+        )
+        return Rewrite(
+            self.name, place(node), replaced, f"a constant of shape {list(tensor.shape)}", "f(W) = C for every input"
+        )
+
+
+def _remembered(exact: torch.Tensor) -> Callable[[], Constant]:
+    return lambda: Constant(exact)
+
+
+def _is_result(node: fx.Node, constants: Constants) -> bool:
+    """Whether a constant is read by something that is none."""
+    if node not in constants or node.op == "get_attr":
+        return False
+    if info(node) is None and type(constants.value(node)) not in (int, float, bool):
+        return False
+    return any(user not in constants for user in node.users)
+
+
+def _write_number(node: fx.Node, constants: Constants) -> None:
+    """A Python number, such as the size of a parameter, becomes a literal."""
+    value = constants.value(node)
+    if all(user.op != "output" for user in node.users):
+        replace_by_literal(node, value)
+
+
+def _cone(node: fx.Node) -> Iterator[fx.Node]:
+    """A constant and everything that it is computed from; each once, the constant itself first."""
+    pending, seen = [node], {node}
+    while pending:
+        part = pending.pop()
+        yield part
+        for other in part.all_input_nodes:
+            if other not in seen:
+                seen.add(other)
+                pending.append(other)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.target is operator.getitem:
+        return not any(info(other) is not None for other in node.all_input_nodes[1:])
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _VIEWS
+
+
+def _bytes(node: fx.Node) -> int:
+    tensor = info(node)
+    return 0 if tensor is None else tensor.numel * tensor.dtype.itemsize
+
+
+def _size_of(root: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in root.parameters())
+
+
+def _too_large(node: fx.Node, added: int, root: nn.Module) -> Refusal:
+    return Refusal(
+        "constants",
+        place(node),
+        kind(node, root),
+        f"it depends on parameters only, but its value would add {added / 2**20:.1f} MiB to the model",
+        "give ConstantFolding a larger limit if the file may grow",
+    )

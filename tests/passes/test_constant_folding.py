@@ -1,0 +1,176 @@
+"""What depends on parameters, buffers and literals only is computed once; what must not be stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import parametrizations
+
+import reparam
+from reparam.passes import PIPELINE, ConstantFolding
+from tests.support import relative_error
+from tests.zoo.trap import Lambda
+
+X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def built(forward: Callable[..., Any], **parts: Any) -> nn.Module:
+    return Lambda(forward, **parts).double().eval()
+
+
+def conv(**options: Any) -> nn.Conv2d:
+    return nn.Conv2d(4, 4, 3, padding=1, **options)
+
+
+def standardised(m: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = F.batch_norm(m.c.weight.reshape(1, 4, -1), None, None, m.g, training=True, eps=1e-6)
+    return F.relu(F.conv2d(x, weight.reshape_as(m.c.weight), m.c.bias, padding=1))
+
+
+def bias_table(m: Any, x: torch.Tensor) -> torch.Tensor:
+    bias = m.table[m.index.view(-1)].view(9, 9, 2).permute(2, 0, 1).contiguous()
+    return torch.softmax(x @ x.transpose(1, 2) + bias[0], -1) @ x
+
+
+def small_network(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x @ x.transpose(1, 2) + m.b(F.relu(m.a(m.table))).view(9, 9), -1) @ x
+
+
+INDEX = torch.arange(81).view(9, 9) % 25
+FOLDED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
+    "weight_norm": (lambda: built(lambda m, x: F.relu(m.c(x)), c=parametrizations.weight_norm(conv())), X),
+    "spectral_norm": (lambda: built(lambda m, x: F.relu(m.c(x)), c=parametrizations.spectral_norm(conv())), X),
+    "weight_standardisation": (lambda: built(standardised, c=conv(), g=nn.Parameter(torch.rand(4))), X),
+    "equalised_learning_rate": (
+        lambda: built(lambda m, x: torch.tanh(F.conv2d(x, m.c.weight * (2 / 36) ** 0.5, m.c.bias)), c=conv()),
+        X,
+    ),
+    "kernel_of_an_einsum": (
+        lambda: built(
+            lambda m, x: torch.tanh(F.conv2d(x, torch.einsum("or,rihw->oihw", m.u, m.v))),
+            u=nn.Parameter(torch.randn(4, 2)),
+            v=nn.Parameter(torch.randn(2, 4, 3, 3)),
+        ),
+        X,
+    ),
+    "gate": (
+        lambda: built(lambda m, x: torch.tanh(x) * torch.sigmoid(m.g), g=nn.Parameter(torch.randn(4, 1, 1))),
+        X,
+    ),
+    "bias_table": (lambda: built(bias_table, table=nn.Parameter(torch.randn(25, 2)), index=INDEX), TOKENS),
+    "small_network": (
+        lambda: built(small_network, table=torch.randn(81, 2), a=nn.Linear(2, 8), b=nn.Linear(8, 1)),
+        TOKENS,
+    ),
+    "position_resized": (
+        lambda: built(
+            lambda m, x: torch.tanh(x) + F.interpolate(m.p, size=(6, 6), mode="bicubic"),
+            p=nn.Parameter(torch.randn(1, 4, 3, 3)),
+        ),
+        X,
+    ),
+    "mask": (lambda: built(lambda m, x: torch.softmax(x @ x.mT + m.m.tril().log(), -1), m=torch.ones(9, 9)), TOKENS),
+}
+
+
+def constant_operations(module: nn.Module) -> list[str]:
+    """Operations of a fused module that no input goes into."""
+    assert isinstance(module, fx.GraphModule)
+    depends: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+    return [str(node.target) for node in module.graph.nodes if node not in depends and node.op.startswith("call")]
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_constants_are_computed_once(name: str) -> None:
+    make, x = FOLDED[name]
+    model = make()
+    fused = reparam.fuse(model, x)
+    assert fused.report.comparison is not None
+    assert fused.report.comparison.passed
+    for batch in (x, x[:1]):
+        assert relative_error(model(batch), fused.module(batch)) < 1e-14
+    assert constant_operations(fused.module) == []
+    assert constant_operations(reparam.fuse(model, x, passes=PIPELINE[:-1], verify=False).module) or any(
+        rewrite.pass_name == "collapse" for rewrite in fused.report.rewrites
+    )
+
+
+def test_in_float32_a_constant_is_rounded_once() -> None:
+    torch.manual_seed(0)
+    model = built(bias_table, table=nn.Parameter(torch.randn(25, 2)), index=INDEX).float()
+    result = reparam.fuse(model, TOKENS.float())
+    (rewrite,) = [rewrite for rewrite in result.report.rewrites if rewrite.pass_name == "constants"]
+    assert "indexing" in " ".join(rewrite.replaced)
+    assert torch.equal(model(TOKENS.float()), result.module(TOKENS.float()))
+
+
+def test_views_of_parameters_stay_shared() -> None:
+    model = built(lambda m, x: (x @ m.w.t(), m.w[:, :1] * 1.0), w=nn.Parameter(torch.randn(4, 4)))
+    result = reparam.fuse(model, TOKENS)
+    assert sum(tensor.numel() for tensor in result.module.state_dict().values()) <= 16 + 4
+
+
+LARGE = (ConstantFolding(most=1024, growth=2048),)
+
+
+def expanded(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x) * (m.g * 2 + m.h)
+
+
+def test_a_table_that_would_blow_up_the_file_stays_with_a_reason() -> None:
+    model = built(expanded, g=nn.Parameter(torch.randn(4, 6, 1)), h=nn.Parameter(torch.randn(4, 1, 6)))
+    result = reparam.fuse(model, X, passes=LARGE)
+    (refusal,) = [refusal for refusal in result.report.refusals if refusal.pass_name == "constants"]
+    assert "would add 0.0 MiB" in refusal.reason
+    assert constant_operations(result.module)
+    assert constant_operations(reparam.fuse(model, X).module) == []
+
+
+def test_all_constants_together_have_a_limit_too() -> None:
+    parts = {f"p{i}": nn.Parameter(torch.randn(8, 1)) for i in range(8)}
+    model = built(lambda m, x: x @ sum(getattr(m, f"p{i}") @ getattr(m, f"p{i}").mT for i in range(8))[:4], **parts)
+    model64 = built(
+        lambda m, x: [x[:, :8, :1] * (getattr(m, f"p{i}") @ getattr(m, f"p{i}").mT) for i in range(8)], **parts
+    )
+    small = reparam.fuse(model64, TOKENS, passes=(ConstantFolding(most=1 << 20, growth=1000),), verify=False)
+    kept = [refusal for refusal in small.report.refusals if refusal.pass_name == "constants"]
+    assert 0 < len(kept) < 8
+    assert constant_operations(reparam.fuse(model, TOKENS, verify=False).module) == []
+
+
+@pytest.mark.parametrize("name", ["random", "written", "trained_norm"])
+def test_what_is_no_constant_is_not_folded(name: str) -> None:
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        if name == "random":
+            return x * torch.bernoulli(torch.sigmoid(m.p))
+        if name == "written":
+            m.state.mul_(0.5)
+            return x * (m.state * 2)
+        return F.batch_norm(x, m.mean, m.var, training=True) * (m.mean * 2).view(-1, 1, 1)
+
+    def make() -> nn.Module:
+        buffers = {"state": torch.ones(1), "mean": torch.zeros(4), "var": torch.ones(4)}
+        return built(forward, p=nn.Parameter(torch.zeros(4, 1, 1)), **buffers)
+
+    fused, original = reparam.fuse(make(), X, verify=False).module, make()
+    for _ in range(3):
+        if name == "random":
+            assert constant_operations(fused)
+        else:
+            assert relative_error(original(X), fused(X)) < 1e-14
+
+
+def test_fusing_again_changes_nothing() -> None:
+    make, x = FOLDED["bias_table"]
+    once = reparam.fuse(make(), x).module
+    again = reparam.fuse(once, x)
+    assert again.report.rewrites == ()
