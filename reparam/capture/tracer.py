@@ -197,10 +197,10 @@ class ValueTracer(fx.Tracer):
         return proxy  # type: ignore[no-any-return]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m).__module__.startswith("torch.nn.utils.") or (
-            parametrize.is_parametrized(m) and not isinstance(m, nn.RNNBase)
-        ):
-            return False  # computes weights: in the graph, so that it is done once
+        if parametrize.is_parametrized(m) and not isinstance(m, nn.RNNBase):
+            return type(m).__base__ in self._leaves  # else its weights are computed in the graph, and then only once
+        if type(m).__module__.startswith("torch.nn.utils."):
+            return False
         return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:

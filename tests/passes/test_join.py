@@ -357,7 +357,7 @@ def test_default_rule_joins_small_linear_layers_only() -> None:
     model, x = Parallel(convs(16, 16, 16, d=32), cat1).eval(), torch.randn(1, 32, 4, 4)
     assert "copies the parts" in refused(fuse(model, x, verify=False))[0].reason
     assert len(joins(fuse(model, x, verify=False, passes=(Join(elsewhere=()),)))) == 1
-    assert isinstance(PIPELINE[-1], Join)
+    assert any(isinstance(step, Join) for step in PIPELINE)
 
 
 @pytest.mark.parametrize("name", ["q_k_v", "theta_phi_g", "with_norms"])
