@@ -164,6 +164,8 @@ class ValueAttribute(fx.proxy.Attribute):
     __setattr__ = ValueProxy.__setattr__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attr == "size" and self.reparam_constant and _is_tensor(self.root):
+            return self.root.reparam_value.size(*args, **kwargs)
         if self.attr in _RANK_CALLS and not args and not kwargs and _is_tensor(self.root):
             if self.attr in ("dim", "ndimension"):
                 self.tracer.check_rank(self.root)
@@ -189,13 +191,18 @@ class ValueAttribute(fx.proxy.Attribute):
             return len(value)
         return int(super().__len__())
 
+    def is_fact(self) -> bool:
+        """Whether it is what no input changes: `x.dtype`, `x.device.type`."""
+        root: Any = self.root
+        return (self.attr in _FACTS and _is_tensor(root)) or (issubclass(type(root), ValueAttribute) and root.is_fact())
+
     def __eq__(self, other: object) -> Any:
-        if self.attr in _FACTS and _is_tensor(self.root):
+        if self.is_fact():
             return self.reparam_value == getattr(other, "reparam_value", other)
         return super().__eq__(other)
 
     def __ne__(self, other: object) -> Any:
-        if self.attr in _FACTS and _is_tensor(self.root):
+        if self.is_fact():
             return self.reparam_value != getattr(other, "reparam_value", other)
         return super().__ne__(other)
 
@@ -226,7 +233,12 @@ def _attribute_of(proxy: Any, name: str) -> Any:
         return value.ndim
     if name.startswith("__") and name.endswith("__"):
         raise AttributeError(name)
-    return None if getattr(value, name) is None else ValueAttribute(proxy, name)
+    found = getattr(value, name)
+    if name == "shape" and proxy.reparam_constant:
+        return found  # no input changes the shape of a parameter
+    if issubclass(type(proxy), ValueAttribute) and proxy.is_fact():
+        return found
+    return None if found is None else ValueAttribute(proxy, name)
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:

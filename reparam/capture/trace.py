@@ -140,7 +140,7 @@ def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> 
         warnings.simplefilter("ignore")
         graph = tracer.trace(root)
     # What fx itself has put there: tensors that the forward made without the input.
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
     replaced = memory.replaced(sorted(read))
     if replaced:
         raise UnfitError(f"the forward assigns {replaced[0]} and then uses it; a graph cannot hold that")
