@@ -328,15 +328,24 @@ class Search:
 
     def _places_to_cut(self, node: fx.Node, cone: list[fx.Node]) -> list[fx.Node]:
         """Where a chain may be cut: in front of operations that mix channels or positions, largest tensors last."""
-        places = []
+        places: list[fx.Node] = []
         for other in cone[:-1]:
             users = [user for user in self._region.readers(other) if user in self._region]
             joins = isinstance(self._region.affine[other].lift, Concatenated)
             mixed = any(not _only_scales(self._region.affine[user].maps) for user in users)
             if mixed or joins or len(users) > 1:
-                tensor = info(other)
-                places.append((tensor.numel if tensor else 0, self._region.order[other], other))
-        return [other for _, _, other in sorted(places)[:_MOST_CUTS]]
+                places += [other, *self._before_scales(other, cone)]
+        sizes = {place: tensor.numel if (tensor := info(place)) else 0 for place in places}
+        return sorted(sizes, key=lambda place: (sizes[place], self._region.order[place]))[:_MOST_CUTS]
+
+    def _before_scales(self, node: fx.Node, cone: list[fx.Node]) -> list[fx.Node]:
+        """What scales that end in `node` read, if it is a sum: cut there, they go into one layer, not each term."""
+        start, inside = node, set(cone)
+        while self._scales_channels(node) and _only_scales(self._region.affine[node].maps):
+            node = self._region.affine[node].operands[0]
+            if node not in inside:
+                return []
+        return [node] if node is not start and self._operands_of_first_sum(node, cone) else []
 
 
 def _best(

@@ -95,6 +95,18 @@ def pooled_to(rank: int, size: Any) -> nn.Module:
     )
 
 
+def residual_head(rank: int) -> nn.Module:
+    """A residual sum with a layer, averaged, then BatchNorm and a linear layer: no scale is left on either summand."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(m.stem(x))
+        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[rank - 1]
+        return m.fc(m.norm(pool(x + m.out(F.relu(m.inner(x))), 1).flatten(1)))
+
+    layers = {"stem": conv_bn(rank, 4, 8, 1), "inner": conv_bn(rank, 8, 16, 1), "out": conv_bn(rank, 16, 8, 1)}
+    return Lambda(forward, **layers, norm=nn.BatchNorm1d(8), fc=nn.Linear(8, 12))
+
+
 def pooled_first(order: str) -> nn.Module:
     """Layers behind the mean: BN1d and linear, linear and BN1d, or an attention branch of 1x1 convolutions with BN."""
     orders: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
@@ -144,6 +156,7 @@ def bias_map() -> nn.Module:
 
 
 _HEAD = {"conv": 1, "bn": 0, "linear": 1}
+_RESIDUAL_HEAD = {"conv+linear": 4, "bn": 0, "mul": 0}
 _ONE = {"conv+linear": 1, "bn": 0}
 
 CASES = [
@@ -185,6 +198,10 @@ CASES = [
     *(
         BlockCase(f"pooled_{o.replace(' ', '_')}", partial(pooled_first, o), shape(2, 4), _ONE, since)
         for o, since in (("norm first", "2"), ("norm last", "2"), ("norm2d", "2"), ("twice", "3"))
+    ),
+    *(
+        BlockCase(f"residual_head{r}d", partial(residual_head, r), shape(r, 4, 12), _RESIDUAL_HEAD, "3")
+        for r in (1, 2, 3)
     ),
     # The pool could become part of the kernel, at four times the arithmetic: it stays a pool.
     *(
