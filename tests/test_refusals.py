@@ -144,6 +144,14 @@ class Fused:
             elif sort == "plain" and (len(self.operands(operand)) == 1 or len(self.readers(operand)) == 1):
                 yield from self.in_front(operand)
 
+    def behind(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What reads a node, through plain operations."""
+        for user in node.users:
+            if self.sort(user) == "plain":
+                yield from self.behind(user)
+            else:
+                yield user
+
     def of(self, *sorts: str) -> list[fx.Node]:
         return [node for node in self.module.graph.nodes if self.sort(node) in sorts]
 
@@ -189,7 +197,7 @@ class Fused:
         found = []
         for node in self.of("layer"):
             alone = not {node, *self.in_front(node)} & together
-            beside = any(self.sort(o) == "sum" for o in (*self.operands(node), *node.users))
+            beside = any(self.sort(o) == "sum" for o in (*self.operands(node), *self.behind(node)))
             exact = [r for r in self.refusals if r.place.module == node.target and r.subject != "scale and shift"]
             if alone and not beside and not any(self.sort(user) in ("norm", "scale") for user in node.users):
                 alike = len([o for o in self.of("layer") if self.operands(o) == self.operands(node)]) > 1
