@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from reparam.capture.captured import Captured
-from reparam.capture.trace import capture
+from reparam.capture.trace import WAYS
+from reparam.capture.trace import capture as capture_graph
 from reparam.equivalence import Comparison
 from reparam.equivalence import verify as verify_modules
 from reparam.errors import InputError, NotEquivalentError
@@ -53,6 +54,7 @@ def fuse(
     *,
     verify: bool | str = "standard",
     seed: int = 0,
+    capture: str = "auto",
     objective: str = "latency",
     machine: str | None = None,
     explain: bool = False,
@@ -88,13 +90,15 @@ def fuse(
         NotEquivalentError: the fused model does not agree with the original; no module is returned.
     """
     level = _level(verify)
+    if capture not in WAYS:
+        raise InputError(f"capture={capture!r} is not known; use {', '.join(WAYS)}")
     prices = cost_model(objective, _machine_of(model) if machine is None else machine)
     if explain and passes is not None:
         raise InputError("explain goes with the usual passes; of your own, give the Collapse a function to call")
     choices = Choices() if explain else None
     stages = _Stages(progress)
     with stages("capturing the graph"), _garbage_collection_paused():
-        captured = capture(model, example_inputs, leaves())
+        captured = capture_graph(model, example_inputs, leaves(), capture)
     with stages("fusing"), _garbage_collection_paused(), torch.no_grad():
         normalise(captured.graph, captured.root)
         before = OperationCounts(**count_operations(captured.graph, captured.root))

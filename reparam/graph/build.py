@@ -14,11 +14,12 @@ def built(root: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
     """The graph as a module in eval mode that shares no parameter with `model`, from whose copy it was made."""
     graph.lint()
     module = fx.GraphModule(root, graph, class_name=type(model).__name__)
-    theirs = {id(parameter) for parameter in model.parameters()}
+    # By storage: an exported program has parameters of its own, which may share it.
+    theirs = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     copies: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is not None and id(parameter) in theirs:
+            if parameter is not None and parameter.untyped_storage()._cdata in theirs:
                 if id(parameter) not in copies:
                     copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 owner._parameters[name] = copies[id(parameter)]
