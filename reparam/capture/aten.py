@@ -81,7 +81,7 @@ def _named(node: fx.Node) -> dict[str, Any]:
 
 def _same_function(name: str) -> Callable[..., Any] | None:
     """The function that torch generates from the operator's schema: it takes the same arguments in the same order."""
-    for owner in (torch, torch._C._nn):  # type: ignore[attr-defined]
+    for owner in (torch, torch._C._nn):
         function = getattr(owner, name, None)
         if isinstance(function, type(torch.relu)) and not name.endswith("_"):
             return function
@@ -100,14 +100,12 @@ def _batch_norm_in_eval_mode(graph: fx.Graph, a: dict[str, Any]) -> Any:
 
 
 def _convolution(graph: fx.Graph, a: dict[str, Any]) -> Any:
-    rank = len(a["stride"])
+    functions: tuple[Callable[..., Any], ...] = (F.conv1d, F.conv2d, F.conv3d)
+    order = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
     if a["transposed"]:
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
-        order = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    else:
-        function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-        order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    return graph.call_function(function, tuple(a[name] for name in order))
+        functions = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+        order = ["input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"]
+    return graph.call_function(functions[len(a["stride"]) - 1], tuple(a[name] for name in order))
 
 
 def _slice(graph: fx.Graph, a: dict[str, Any]) -> Any:
@@ -124,9 +122,8 @@ def _select(graph: fx.Graph, a: dict[str, Any]) -> Any:
 
 
 def _indexed(graph: fx.Graph, tensor: fx.Node, dim: int, index: Any) -> Any:
-    if dim < 0:
-        return graph.call_function(operator.getitem, (tensor, (..., index, *[slice(None)] * (-dim - 1))))
-    return graph.call_function(operator.getitem, (tensor, (*[slice(None)] * dim, index)))
+    parts: Any = (..., index, *[slice(None)] * (-dim - 1)) if dim < 0 else (*[slice(None)] * dim, index)
+    return graph.call_function(operator.getitem, (tensor, parts))
 
 
 def _index(graph: fx.Graph, a: dict[str, Any]) -> Any:
@@ -244,6 +241,7 @@ _SAME: Mapping[str, Callable[..., Any]] = {
     "alpha_dropout": F.alpha_dropout,
     "avg_pool1d": F.avg_pool1d,
     "dropout": F.dropout,
+    "feature_dropout": F.dropout2d,
     "feature_alpha_dropout": F.feature_alpha_dropout,
     "hardsigmoid": F.hardsigmoid,
     "hardswish": F.hardswish,

@@ -1,7 +1,7 @@
-"""A model, or an exported program, as a graph module in the words of torch, which the tracer then reads as any model.
+"""A model, or an exported program, as a graph module in the words of torch; the tracer then reads it as any model.
 
-What symbolic tracing cannot follow `torch.export` often can: it runs the model and writes down every operation. Batch and
-image axes stay open where the model allows it; what it found about sizes is checked by the guards it leaves in the graph.
+What symbolic tracing cannot follow `torch.export` often can: it runs the model and writes down every operation. Batch
+and image axes stay open where the model allows it; what it found about sizes is checked by the guards that it leaves.
 """
 
 from __future__ import annotations
