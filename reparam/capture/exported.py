@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import linecache
 import re
-import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from reparam.capture.aten import spell_out
 from reparam.capture.checks import Guards
 from reparam.inputs import Inputs
+from reparam.quiet import quiet
 
 
 def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -32,8 +32,7 @@ def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     error: Exception | None = None
     for example, shapes in _attempts(model, inputs):
         try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
+            with quiet(), torch.no_grad():
                 program = torch.export.export(
                     model, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
                 )

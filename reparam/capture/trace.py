@@ -37,7 +37,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
-WAYS = ("auto", "symbolic", "export")
+WAYS = ("auto", "symbolic", "export", "modules")
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Leaves(), way: str = "auto") -> Captured:
