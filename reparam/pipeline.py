@@ -19,7 +19,7 @@ from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
 from reparam.equivalence import Comparison
 from reparam.equivalence import verify as verify_modules
-from reparam.errors import CaptureError, InputError, NotEquivalentError
+from reparam.errors import CaptureError, InputError, NotEquivalentError, UnfitModelError
 from reparam.graph.build import float64_twin, forget_float64
 from reparam.graph.register import leaves
 from reparam.inputs import ExampleInputs, Inputs
@@ -159,7 +159,7 @@ def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], sta
         with stages("capturing the graph"), _garbage_collection_paused():
             captured = capture_graph(model, inputs, leaves(), way)
     except CaptureError as error:
-        if way != "auto" or not any(True for _ in model.children()):
+        if way != "auto" or isinstance(error, UnfitModelError):
             raise
         try:
             return _made_of_parts(

@@ -138,8 +138,8 @@ def _explained(report: Report) -> Iterator[None]:
         if report.capture not in ("partial", "modules"):
             raise
         raise ExportError(
-            f"{error}; the model could be fused in parts only, and such a model runs in Python: call reparam.fuse there, "
-            "or pass --no-archive --no-onnx for the report alone"
+            f"{error}; the model could be fused in parts only, and such a model runs in Python: call reparam.fuse, or "
+            "pass --no-archive --no-onnx for the report alone"
         ) from error
 
 

@@ -44,6 +44,11 @@ def _spelled(graph: fx.Graph, node: fx.Node, name: str) -> Any:
     function = _SAME.get(name) or _same_function(name)
     if function is not None:
         return graph.call_function(function, node.args, dict(node.kwargs))
+    if name in _PROPERTIES:
+        return graph.call_function(getattr, (*node.args, name))
+    if name.startswith("linalg_"):
+        function = getattr(torch.linalg, name.removeprefix("linalg_"))
+        return graph.call_function(function, node.args, dict(node.kwargs))
     if callable(getattr(torch.Tensor, name, None)) and node.args and isinstance(node.args[0], fx.Node):
         return graph.call_method(name, node.args, dict(node.kwargs))
     return node
@@ -189,6 +194,10 @@ def _addmm(graph: fx.Graph, a: dict[str, Any]) -> Any:
     return graph.call_function(F.linear, (a["mat1"], weight, a["self"]))
 
 
+def _einsum(graph: fx.Graph, a: dict[str, Any]) -> Any:
+    return graph.call_function(torch.einsum, (a["equation"], *a["tensors"]))
+
+
 def _subtract_from(graph: fx.Graph, a: dict[str, Any]) -> Any:
     return graph.call_function(torch.sub, (a["other"], a["self"]), {"alpha": a["alpha"]})
 
@@ -202,6 +211,7 @@ _RULES: Mapping[str, Rule] = {
     "constant_pad_nd": _padding("constant"),
     "convolution": _convolution,
     "detach_": _method("detach", "self"),
+    "einsum": _einsum,
     "embedding": _reordered(F.embedding, "indices", "weight"),
     "group_norm": _reordered(F.group_norm, "input", "num_groups", weight="weight", bias="bias", eps="eps"),
     "index": _index,
@@ -233,6 +243,8 @@ _RULES: Mapping[str, Rule] = {
     "upsample_nearest3d": _interpolation("nearest"),
     "upsample_trilinear3d": _interpolation("trilinear"),
 }
+
+_PROPERTIES = ("mT", "mH", "H", "T")
 
 _SAME: Mapping[str, Callable[..., Any]] = {
     "adaptive_avg_pool1d": F.adaptive_avg_pool1d,

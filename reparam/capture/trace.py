@@ -28,7 +28,7 @@ from reparam.capture.exported import export
 from reparam.capture.proxies import UnfitError
 from reparam.capture.state import Memory, answers_alike
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
-from reparam.errors import CaptureError, InputError
+from reparam.errors import CaptureError, InputError, UnfitModelError
 from reparam.inputs import ExampleInputs, Inputs
 
 __all__ = ["capture", "private_copy", "require_value"]
@@ -69,7 +69,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
     try:
         return _symbolic(model, inputs, leaves)
     except CaptureError as error:
-        if way == "symbolic":
+        if way == "symbolic" or isinstance(error, UnfitModelError):
             raise
         return _exported(model, inputs, leaves, error)
 
@@ -101,12 +101,14 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
         with torch.random.fork_rng(devices=[]):
             program = export(private_copy(model), inputs.clone())
         captured = _symbolic(program, inputs, leaves)
-    except InputError:
+    except (InputError, UnfitModelError):
         raise
     except Exception as error:
         if before is not None:
             raise before from error
         raise CaptureError(f"{name} cannot be exported: {_first_line(error)}{_at(error)}") from error
+    if not answers_alike(model, inputs):
+        raise UnfitModelError(f"{name} answers the same input otherwise when called again, which a graph cannot hold")
     notes = (
         captured.notes if before is None else (f"{_stopped(before)}; it was captured by torch.export", *captured.notes)
     )
@@ -152,7 +154,7 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
         CaptureError: the answer depends on that state.
     """
     if traced.frozen:
-        raise CaptureError(
+        raise UnfitModelError(
             f"{type(model).__name__} cannot be traced: its forward writes to {traced.frozen[0]} and takes a Python "
             "number or a decision from its value, which a graph would repeat"
         )
@@ -160,7 +162,7 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
         return ()
     names = ", ".join(traced.changed[:4]) + (", ..." if len(traced.changed) > 4 else "")
     if not answers_alike(model, inputs):
-        raise CaptureError(
+        raise UnfitModelError(
             f"{type(model).__name__} cannot be traced: its forward changes {names} on the model and then answers the "
             "same input otherwise, which a graph cannot hold; make it a function of its input, or a buffer that is "
             "written to in place"
@@ -208,7 +210,7 @@ def _capture_error(model: nn.Module, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
     if isinstance(error, UnfitError):
-        return CaptureError(f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}")
+        return UnfitModelError(f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}")
     return CaptureError(
         f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}; "
         "rewrite that line without Python control flow on tensor values, or fuse the submodules that can be traced"

@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from reparam.capture.calls import traced_calls
+from reparam.capture.calls import functions_of_numbers, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
 from reparam.capture.checks import (
     Guards,
@@ -98,7 +98,7 @@ class ValueTracer(fx.Tracer):
         compute: bool = True,
         leaves: Leaves = Leaves(),
     ) -> None:
-        super().__init__(autowrap_functions=leaves.functions)
+        super().__init__(autowrap_functions=(*leaves.functions, *functions_of_numbers()))
         self._leaves = leaves.modules
         self._compute = compute
         self._arguments = arguments
