@@ -51,6 +51,10 @@ def main() -> None:
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Convert the model first."
 )
 @click.option(
+    "--capture", type=click.Choice(["auto", "symbolic", "export", "modules"]), default="auto", show_default=True,
+    help="How the graph is captured; modules: only inside the model's children.",
+)  # fmt: skip
+@click.option(
     "--objective", type=click.Choice(["latency", "macs", "parameters"]), default="latency", show_default=True,
     help="What the fused model should have least of.",
 )  # fmt: skip

@@ -22,6 +22,10 @@ class CaptureError(ReparamError):
     """The model's graph cannot be captured."""
 
 
+class UnfitModelError(CaptureError):
+    """The model does what no graph can hold, however it is captured: it keeps state in Python, or draws numbers."""
+
+
 class ExportError(ReparamError):
     """The model cannot be written to, or read back from, an exchange format."""
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from reparam.capture.captured import Captured
-from reparam.capture.trace import capture
+from reparam.capture.trace import WAYS
+from reparam.capture.trace import capture as capture_graph
 from reparam.equivalence import Comparison
 from reparam.equivalence import verify as verify_modules
-from reparam.errors import InputError, NotEquivalentError
-from reparam.graph.build import built, float64_twin, forget_float64
-from reparam.graph.count import count_operations
-from reparam.graph.normal import normalise, restore_in_place
+from reparam.errors import CaptureError, InputError, NotEquivalentError, UnfitModelError
+from reparam.graph.build import float64_twin, forget_float64
 from reparam.graph.register import leaves
-from reparam.inputs import ExampleInputs
+from reparam.inputs import ExampleInputs, Inputs
+from reparam.partial import NothingCapturedError, assembled
 from reparam.passes import Pass, pipeline
 from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.cost import cost_model
 from reparam.passes.explain import Choices
+from reparam.piece import Piece, fused, total, under
 from reparam.report import OperationCounts, Report
 
 Progress = Callable[[str], None]
@@ -53,6 +53,7 @@ def fuse(
     *,
     verify: bool | str = "standard",
     seed: int = 0,
+    capture: str = "auto",
     objective: str = "latency",
     machine: str | None = None,
     explain: bool = False,
@@ -71,6 +72,9 @@ def fuse(
         verify: how thoroughly the result is checked against the original: "quick", "standard" (default), "thorough",
             or "off". True is "standard", False is "off".
         seed: of the inputs that verification draws.
+        capture: how the graph is captured: "symbolic" tracing, "export" (torch.export), "auto" (the first of these that
+            can; if none can, the parts of the model that can be captured are fused in place), or "modules" (only parts:
+            the model keeps its own class, methods and attributes).
         objective: what the fused model should have least of, where several forms compute the same: "latency",
             "macs" (multiply-adds) or "parameters". No form is chosen that is priced slower than the original.
         machine: whose prices count: "eager-cpu", "onnxruntime-cpu" or "cuda"; None is "cuda" for a model on CUDA, else
@@ -88,58 +92,114 @@ def fuse(
         NotEquivalentError: the fused model does not agree with the original; no module is returned.
     """
     level = _level(verify)
+    if capture not in WAYS:
+        raise InputError(f"capture={capture!r} is not known; use {', '.join(WAYS)}")
     prices = cost_model(objective, _machine_of(model) if machine is None else machine)
     if explain and passes is not None:
         raise InputError("explain goes with the usual passes; of your own, give the Collapse a function to call")
     choices = Choices() if explain else None
     stages = _Stages(progress)
-    with stages("capturing the graph"), _garbage_collection_paused():
-        captured = capture(model, example_inputs, leaves())
-    with stages("fusing"), _garbage_collection_paused(), torch.no_grad():
-        normalise(captured.graph, captured.root)
-        before = OperationCounts(**count_operations(captured.graph, captured.root))
-        usual = pipeline(prices, None if choices is None else choices.add)
-        rewrites, refusals = _run(captured, usual if passes is None else passes)
-        after = OperationCounts(**count_operations(captured.graph, captured.root))
-        restore_in_place(captured.graph, captured.root)
-        module = built(captured.root, captured.graph, model)
+    usual = pipeline(prices, None if choices is None else choices.add)
+    steps = tuple(usual if passes is None else passes)
+    inputs = Inputs.of(example_inputs)
+    made = _made(model, inputs, capture, steps, stages)
     comparison: Comparison | None = None
     if level != "off":
         with stages("verifying"):
             exact = any(p.dtype == torch.float64 for p in model.parameters())
-            twin = None if exact else float64_twin(module)
-            comparison = verify_modules(model, module, captured.inputs, level=level, seed=seed, candidate_float64=twin)
+            twin = None if exact else made.float64()
+            comparison = verify_modules(model, made.module, inputs, level=level, seed=seed, candidate_float64=twin)
             del twin
-    forget_float64(module.graph)
+    for piece in made.pieces:
+        forget_float64(piece.module.graph)
     report = Report(
-        model=captured.name,
-        capture=captured.how,
-        before=before,
-        after=after,
-        rewrites=tuple(rewrites),
-        refusals=tuple(refusals),
+        model=type(model).__name__,
+        capture=made.how,
+        before=made.before,
+        after=made.after,
+        rewrites=made.rewrites,
+        refusals=made.refusals,
         choices=None if choices is None else tuple(choices.made),
         comparison=comparison,
         environment=_environment(),
         seconds=stages.seconds,
-        notes=captured.notes,
+        notes=made.notes,
     )
     if comparison is not None and not comparison.passed:
         raise NotEquivalentError(
-            f"the fused {captured.name} does not agree with the original: {comparison.summary().rstrip('.')}; "
+            f"the fused {report.model} does not agree with the original: {comparison.summary().rstrip('.')}; "
             "no model was made, please report this with the report attached to this error",
             report,
         )
-    return FuseResult(module, report)
+    return FuseResult(made.module, report)
 
 
-def _run(captured: Captured, passes: Sequence[Pass]) -> tuple[list[Rewrite], list[Refusal]]:
-    rewrites, refusals = [], []
-    for step in passes:
-        made, left = step.run(captured.graph, captured.root)
-        rewrites += made
-        refusals += left
-    return rewrites, refusals
+@dataclass(frozen=True)
+class _Made:
+    """A fused model, whole or in parts."""
+
+    module: nn.Module
+    how: str
+    pieces: tuple[Piece, ...]
+    float64: Callable[[], nn.Module]
+    before: OperationCounts
+    after: OperationCounts
+    rewrites: tuple[Rewrite, ...]
+    refusals: tuple[Refusal, ...]
+    notes: tuple[str, ...]
+
+
+def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], stages: _Stages) -> _Made:
+    if way == "modules":
+        try:
+            return _made_of_parts(model, inputs, way, "asked for", steps, stages)
+        except NothingCapturedError:
+            raise CaptureError(f"no child of {type(model).__name__} can be captured; use capture='auto'") from None
+    try:
+        with stages("capturing the graph"), _garbage_collection_paused():
+            captured = capture_graph(model, inputs, leaves(), way)
+    except CaptureError as error:
+        if way != "auto" or isinstance(error, UnfitModelError):
+            raise
+        try:
+            return _made_of_parts(
+                model, inputs, "partial", str(error).partition("; rewrite that line")[0], steps, stages
+            )
+        except NothingCapturedError:
+            raise error from None
+    with stages("fusing"), _garbage_collection_paused():
+        piece = fused(captured, model, steps)
+    made = piece.module
+    counts = (piece.before, piece.after)
+    return _Made(
+        *(made, captured.how, (piece,), lambda: float64_twin(made), *counts),
+        *(piece.rewrites, piece.refusals, captured.notes),
+    )
+
+
+def _made_of_parts(
+    model: nn.Module, inputs: Inputs, how: str, why: str, steps: Sequence[Pass], stages: _Stages
+) -> _Made:
+    def fuse_one(part: nn.Module, given: Inputs) -> Piece:
+        return fused(capture_graph(part, given, leaves()), part, steps)
+
+    with stages("fusing"), torch.no_grad():
+        whole = assembled(model, inputs, fuse_one, why)
+    pieces = whole.parts
+    return _Made(
+        whole.module,
+        how,
+        tuple(pieces.values()),
+        whole.float64,
+        total([piece.before for piece in pieces.values()]),
+        total([piece.after for piece in pieces.values()]),
+        tuple(one for path, piece in pieces.items() for one in under(path, piece.rewrites)),
+        tuple(one for path, piece in pieces.items() for one in under(path, piece.refusals)),
+        (
+            *map(str, whole.outside),
+            *(f"{path}: {note}" for path, piece in pieces.items() for note in piece.captured.notes),
+        ),
+    )
 
 
 def _machine_of(model: nn.Module) -> str:

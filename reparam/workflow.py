@@ -19,7 +19,7 @@ from reparam.bench import Timing, benchmark
 from reparam.capture.examples import InputSpec, check_runs, example_inputs
 from reparam.capture.load import load
 from reparam.equivalence import Comparison, verify
-from reparam.errors import InputError, NotEquivalentError
+from reparam.errors import ExportError, InputError, NotEquivalentError
 from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
 from reparam.inputs import Inputs
 from reparam.pipeline import fuse
@@ -42,6 +42,7 @@ class Request:
         out: where to write: a folder (which exists, or whose path ends in a separator), or a path to which `.onnx` and
             `.pt2` are added; None is beside the model, as `NAME.fused.onnx` and `NAME.fused.pt2`.
         dtype: convert the model to this dtype first; None keeps its own.
+        capture: how the graph is captured; as for `reparam.fuse`.
         objective, machine: what to have least of, and on which machine; as for `reparam.fuse`.
         explain: whether to report what was compared for each region.
         onnx, archive: which files to write.
@@ -58,6 +59,7 @@ class Request:
     inputs: tuple[str, ...] = ()
     out: str | None = None
     dtype: str | None = None
+    capture: str = "auto"
     objective: str = "latency"
     machine: str | None = None
     explain: bool = False
@@ -92,6 +94,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         model,
         inputs,
         seed=request.seed,
+        capture=request.capture,
         objective=request.objective,
         machine=request.machine,
         explain=request.explain,
@@ -107,10 +110,10 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         session: OnnxSession | None = None
         notes: list[str] = []
         if "archive" in targets:
-            with stages("writing the torch.export archive"):
+            with stages("writing the torch.export archive"), _explained(report):
                 staged["archive"] = export_archive(result.module, inputs, folder / targets["archive"].name)
         if "onnx" in targets:
-            with stages("writing the ONNX file"):
+            with stages("writing the ONNX file"), _explained(report):
                 file = export_onnx(result.module, inputs, folder / targets["onnx"].name)
                 session = OnnxSession(file.path, threads=torch.get_num_threads())
                 notes += [f"ONNX: {note}" for note in file.notes]
@@ -124,6 +127,20 @@ def run(request: Request, progress: Progress | None = None) -> Report:
             report = replace(report, timing=timing)
         files = _publish(folder, targets, Path(request.path))
     return replace(report, files=files, seconds={**report.seconds, **stages.seconds})
+
+
+@contextmanager
+def _explained(report: Report) -> Iterator[None]:
+    """Says what a user can do with a model whose own forward stays, and that cannot be exported for that reason."""
+    try:
+        yield
+    except ExportError as error:
+        if report.capture not in ("partial", "modules"):
+            raise
+        raise ExportError(
+            f"{error}; the model could be fused in parts only, and such a model runs in Python: call reparam.fuse, or "
+            "pass --no-archive --no-onnx for the report alone"
+        ) from error
 
 
 def _load(request: Request) -> tuple[nn.Module, Inputs, tuple[InputSpec, ...]]:

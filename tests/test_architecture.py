@@ -20,7 +20,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "reparam"
 
 # Every room may import these: they hold plain values and import nothing of ours but each other.
-COMMON = ("reparam.errors", "reparam.inputs", "reparam.__version__")
+COMMON = ("reparam.errors", "reparam.inputs", "reparam.quiet", "reparam.__version__")
 # The files that hold a value another room is handed.
 CAPTURED = "reparam.capture.captured"
 PASS_VALUES = ("reparam.passes.base", "reparam.graph.place")
@@ -30,6 +30,7 @@ RESULT_VALUES = (*PASS_VALUES, "reparam.equivalence", "reparam.bench")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "inputs": (),
+    "quiet": (),
     "algebra": (),
     "graph": ("reparam.algebra", CAPTURED, *PASS_VALUES),
     "passes": ("reparam.algebra", "reparam.graph", CAPTURED),
@@ -43,11 +44,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         for room in ("algebra", "graph", "passes", "capture", "equivalence", "export", "bench", "report")
     ),
 }
+MAY_IMPORT["piece"] = MAY_IMPORT["pipeline"]
+MAY_IMPORT["partial"] = (*MAY_IMPORT["piece"], "reparam.piece")
+MAY_IMPORT["pipeline"] = (*MAY_IMPORT["partial"], "reparam.partial")
 MAY_IMPORT["__init__"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline")
 MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam")
 MAY_IMPORT["cli"] = (*MAY_IMPORT["workflow"], "reparam.workflow")
 
-FX_ROOMS = {"capture", "graph", "passes"}
+FX_ROOMS = {"capture", "graph", "passes", "piece", "partial"}
 ONNX = re.compile(r"(onnx\w*|torch\.onnx)(\.|$)")
 NEVER_AT_IMPORT = re.compile(r"(timm|torchvision|torchaudio|sklearn)(\.|$)")
 LIGHT_ROOMS = {"cli", "report", "__init__", "errors"}  # `reparam --help` must not wait for torch

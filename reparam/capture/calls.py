@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import BuiltinFunctionType
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,23 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tensor")
+# A tensor may stand for a number in these: torch takes a proxy, which says it is a tensor, for one and reads memory.
+_OF_NUMBERS = """
+    add bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor bucketize clamp clamp_max clamp_min
+    clip copysign div divide eq fill float_power floor_divide fmod ge greater greater_equal gt index_fill isin le lerp less
+    less_equal lt masked_fill mul multiply ne not_equal pow remainder result_type rsub scatter searchsorted sub subtract
+    true_divide where xlogy
+"""
+_SPECIAL = [name for name, function in vars(torch.special).items() if isinstance(function, BuiltinFunctionType)]
 _METHODS = ("expand", "new_empty", "new_full", "new_ones", "new_zeros", "repeat", "reshape", "tile", "view")
+
+
+def functions_of_numbers() -> tuple[Callable[..., Any], ...]:
+    """Functions that must not see a proxy, for `Tracer(autowrap_functions=...)`, as a model may import them by name."""
+    return (
+        *(getattr(torch, name) for name in _OF_NUMBERS.split() if hasattr(torch, name)),
+        *(getattr(torch.special, name) for name in _SPECIAL),
+    )
 
 
 @contextmanager
@@ -26,7 +43,12 @@ def traced_calls(tracer: fx.Tracer) -> Iterator[None]:
         for name in _FACTORIES:
             function = getattr(torch, name)
             stack.enter_context(mock.patch.object(torch, name, _traced(tracer, "call_function", function, function)))
-        for name in _METHODS:
+        for owner, names in ((torch, _OF_NUMBERS.split()), (torch.special, _SPECIAL)):
+            for name in names:
+                if function := getattr(owner, name, None):
+                    stand_in = _traced(tracer, "call_function", function, function)
+                    stack.enter_context(mock.patch.object(owner, name, stand_in))
+        for name in (*_METHODS, "pow", "remainder", "bitwise_and", "clamp", "where", "float_power"):
             method = getattr(torch.Tensor, name)
             stack.enter_context(mock.patch.object(torch.Tensor, name, _traced(tracer, "call_method", name, method)))
         yield

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from reparam.errors import OtherInputError
 
@@ -84,3 +85,25 @@ def require_keys(actual: Mapping[Any, Any], expected: tuple[Any, ...]) -> None:
 
 def _at(where: str | None) -> str:
     return f" at {where}" if where else ""
+
+
+class Guards(nn.Module):
+    """What torch.export found out about the sizes of the inputs, as a check at the head of a captured graph.
+
+    Args:
+        check: takes the inputs, and raises an `AssertionError` for those that the program was not exported for.
+    """
+
+    def __init__(self, check: nn.Module) -> None:
+        super().__init__()
+        self.check = check
+
+    def forward(self, *inputs: Any) -> None:
+        """Raises `OtherInputError` for inputs that the program was not exported for."""
+        try:
+            self.check(*inputs)
+        except AssertionError as error:
+            raise OtherInputError(
+                f"this model was captured for other inputs ({str(error).splitlines()[0]}); "
+                "capture it with an example of that size"
+            ) from error

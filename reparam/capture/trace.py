@@ -14,7 +14,7 @@ import inspect
 import os
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from torch.nn.parameter import is_lazy
 from reparam.capture.captured import Captured, Leaves
 from reparam.capture.checks import require_value
 from reparam.capture.copying import copied
+from reparam.capture.exported import export
 from reparam.capture.proxies import UnfitError
 from reparam.capture.state import Memory, answers_alike
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
-from reparam.errors import CaptureError, InputError
+from reparam.errors import CaptureError, InputError, UnfitModelError
 from reparam.inputs import ExampleInputs, Inputs
 
 __all__ = ["capture", "private_copy", "require_value"]
@@ -36,12 +37,21 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Leaves()) -> Captured:
+WAYS = ("auto", "symbolic", "export", "modules")
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Leaves(), way: str = "auto") -> Captured:
     """Captures `model` for inference, not looking into `leaves`. The model itself is not changed.
+
+    Args:
+        model: the model.
+        example_inputs: what it is run on.
+        leaves: classes and functions to leave whole.
+        way: "symbolic" tracing, `torch.export` ("export"), or the first of the two that can ("auto").
 
     Raises:
         InputError: the model is no module, has hooks on itself, or cannot run on the example inputs.
-        CaptureError: its graph cannot be traced; the message names the line that stopped it.
+        CaptureError: its graph cannot be captured; the message names the line that stopped it.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -54,6 +64,17 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
     if lazy:
         raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
     inputs = Inputs.of(example_inputs)
+    if way == "export":
+        return _exported(model, inputs, leaves, None)
+    try:
+        return _symbolic(model, inputs, leaves)
+    except CaptureError as error:
+        if way == "symbolic" or isinstance(error, UnfitModelError):
+            raise
+        return _exported(model, inputs, leaves, error)
+
+
+def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
     try:
         traced = _traced(model, inputs, leaves, compute=False)
     except ExecutionError:
@@ -67,6 +88,37 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
     )
     notes += (*_size_notes(traced), *_state_notes(model, inputs, traced))
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
+
+
+def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureError | None) -> Captured:
+    """By torch.export; `before` is what stopped symbolic tracing.
+
+    Raises:
+        CaptureError: `before`, if there is one, else what stopped torch.export.
+    """
+    name = type(model).__name__
+    try:
+        with torch.random.fork_rng(devices=[]):
+            program = export(private_copy(model), inputs.clone())
+        captured = _symbolic(program, inputs, leaves)
+    except (InputError, UnfitModelError):
+        raise
+    except Exception as error:
+        if before is not None:
+            raise before from error
+        raise CaptureError(f"{name} cannot be exported: {_first_line(error)}{_at(error)}") from error
+    if not answers_alike(model, inputs):
+        raise UnfitModelError(f"{name} answers the same input otherwise when called again, which a graph cannot hold")
+    notes = (
+        captured.notes if before is None else (f"{_stopped(before)}; it was captured by torch.export", *captured.notes)
+    )
+    if model.training:
+        notes = ("the model was in train mode; its inference form was taken (eval mode)", *notes)
+    return replace(captured, how="export", name=name, notes=notes)
+
+
+def _stopped(error: CaptureError) -> str:
+    return f"symbolic tracing stopped: {str(error).partition('; rewrite that line')[0]}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +154,7 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
         CaptureError: the answer depends on that state.
     """
     if traced.frozen:
-        raise CaptureError(
+        raise UnfitModelError(
             f"{type(model).__name__} cannot be traced: its forward writes to {traced.frozen[0]} and takes a Python "
             "number or a decision from its value, which a graph would repeat"
         )
@@ -110,7 +162,7 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
         return ()
     names = ", ".join(traced.changed[:4]) + (", ..." if len(traced.changed) > 4 else "")
     if not answers_alike(model, inputs):
-        raise CaptureError(
+        raise UnfitModelError(
             f"{type(model).__name__} cannot be traced: its forward changes {names} on the model and then answers the "
             "same input otherwise, which a graph cannot hold; make it a function of its input, or a buffer that is "
             "written to in place"
@@ -158,7 +210,7 @@ def _capture_error(model: nn.Module, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
     if isinstance(error, UnfitError):
-        return CaptureError(f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}")
+        return UnfitModelError(f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}")
     return CaptureError(
         f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}; "
         "rewrite that line without Python control flow on tensor values, or fuse the submodules that can be traced"

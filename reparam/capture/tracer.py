@@ -26,9 +26,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from reparam.capture.calls import traced_calls
+from reparam.capture.calls import functions_of_numbers, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
 from reparam.capture.checks import (
+    Guards,
     require_decision,
     require_keys,
     require_length,
@@ -36,6 +37,7 @@ from reparam.capture.checks import (
     require_rank,
     require_value,
 )
+from reparam.capture.exported import Origins
 from reparam.capture.proxies import UnfitError, ValueProxy, is_argument, is_from_argument, user_line
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
@@ -96,7 +98,7 @@ class ValueTracer(fx.Tracer):
         compute: bool = True,
         leaves: Leaves = Leaves(),
     ) -> None:
-        super().__init__(autowrap_functions=leaves.functions)
+        super().__init__(autowrap_functions=(*leaves.functions, *functions_of_numbers()))
         self._leaves = leaves.modules
         self._compute = compute
         self._arguments = arguments
@@ -117,6 +119,7 @@ class ValueTracer(fx.Tracer):
         self._rank_checked: set[fx.Node] = set()
         self._autocast = _autocast()
         self._memory = memory
+        self._origins = Origins(root)
         self._parameters = {storage_of(parameter): name for name, parameter in root.named_parameters()}
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
@@ -157,8 +160,8 @@ class ValueTracer(fx.Tracer):
             self._check_module(target, args)
         proxy: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
         node: fx.Node = proxy.node
-        node.meta["module_path"] = self.scope.module_path
-        node.meta["source"] = user_line()
+        found = self._origins.find(sys._getframe(1))
+        node.meta["module_path"], node.meta["source"] = found or (self.scope.module_path, user_line())
         used: dict[fx.Node, Any] = {}
         constant: list[bool] = [True]
         of_sizes: list[bool] = [kind in ("call_function", "call_method")]
@@ -189,6 +192,8 @@ class ValueTracer(fx.Tracer):
         if _reads_sizes(kind, target, plain_args):
             self._size_reads.add(node)
         proxy.reparam_of_sizes = (of_sizes[0] or node in self._size_reads) and _is_of_numbers(value)
+        if kind == "call_module" and type(self.root.get_submodule(target)) is Guards:
+            node.meta["pinned"] = "it checks the inputs"
         if isinstance(value, torch.Tensor):
             node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
         elif type(value) is int:
@@ -201,6 +206,8 @@ class ValueTracer(fx.Tracer):
             return type(m).__base__ in self._leaves  # else its weights are computed in the graph, and then only once
         if type(m).__module__.startswith("torch.nn.utils."):
             return False
+        if type(m) is Guards:
+            return True
         return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:

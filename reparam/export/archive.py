@@ -24,9 +24,9 @@ from reparam.export.program import (
     range_notes,
     trace,
 )
-from reparam.export.quiet import quiet, reason
 from reparam.export.shapes import Freedom, explore, ladder
 from reparam.inputs import ExampleInputs, Inputs
+from reparam.quiet import quiet, reason
 
 METADATA_FILE = "reparam.json"
 

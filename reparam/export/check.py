@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from reparam.errors import ExportError
-from reparam.export.quiet import quiet, reason
 from reparam.export.runtime import OnnxSession, UnsupportedByRuntimeError
 from reparam.export.shapes import Probe
+from reparam.quiet import quiet, reason
 
 if TYPE_CHECKING:
     import onnx

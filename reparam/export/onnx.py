@@ -22,9 +22,9 @@ from reparam.export.check import Checked, check_file, check_weights, simplified
 from reparam.export.files import publish, staging
 from reparam.export.program import argument_names, path_names, private_copy
 from reparam.export.proto import Plan, build, save
-from reparam.export.quiet import quiet, reason
 from reparam.export.shapes import Freedom, Probe, explore, ladder
 from reparam.inputs import ExampleInputs, Inputs
+from reparam.quiet import quiet, reason
 
 # Above this many bytes of weights a protobuf message cannot hold the model, and they go to a file beside it.
 EXTERNAL_DATA_BYTES = 2_000_000_000

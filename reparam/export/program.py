@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from reparam.errors import ExportError
-from reparam.export.quiet import deepest, quiet, reason
 from reparam.export.shapes import TRACED_BATCH, Freedom, resized
 from reparam.inputs import Inputs
+from reparam.quiet import deepest, quiet, reason
 
 
 def private_copy(module: nn.Module) -> nn.Module:

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from reparam.errors import ExportError
 from reparam.export.program import argument_names, axis_names, in_call_order, open_axes, range_notes, trace
-from reparam.export.quiet import deepest, quiet, reason
 from reparam.export.runtime import CALL_KEY, fixed_values
 from reparam.export.shapes import Freedom, tensor_leaves
 from reparam.inputs import Inputs
+from reparam.quiet import deepest, quiet, reason
 
 if TYPE_CHECKING:
     import onnx

@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from reparam.errors import ExportError
-from reparam.export.quiet import MAX_REASON, deepest
+from reparam.quiet import MAX_REASON, deepest
 
 CALL_KEY = "reparam.call"
 # onnxruntime's log severities: only fatal ones, because every failure arrives as an exception as well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 from torch import fx, nn
 
@@ -14,15 +15,24 @@ def built(root: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
     """The graph as a module in eval mode that shares no parameter with `model`, from whose copy it was made."""
     graph.lint()
     module = fx.GraphModule(root, graph, class_name=type(model).__name__)
-    theirs = {id(parameter) for parameter in model.parameters()}
+    return unshared(module, model).eval()
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def unshared(module: Module, model: nn.Module) -> Module:
+    """The module, with copies in place of the parameters that it shares with `model`."""
+    # By storage: an exported program has parameters of its own, which may share it.
+    theirs = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     copies: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is not None and id(parameter) in theirs:
+            if parameter is not None and parameter.untyped_storage()._cdata in theirs:
                 if id(parameter) not in copies:
                     copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 owner._parameters[name] = copies[id(parameter)]
-    return module.eval()
+    return module
 
 
 def float64_twin(module: fx.GraphModule) -> fx.GraphModule:

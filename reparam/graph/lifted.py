@@ -26,9 +26,27 @@ def features(node: fx.Node, root: nn.Module, rank: int, axis: int) -> int | None
     module = module_of(node, root)
     if isinstance(module, nn.Linear):
         return module.in_features if axis == rank - 1 else None
+    if module is None:
+        return _features_of_call(node, rank, axis)
     if axis != 1 or not isinstance(module, (*_CONVS, nn.modules.batchnorm._BatchNorm)):
         return None
     return module.in_channels if isinstance(module, _CONVS) else module.num_features
+
+
+def _features_of_call(node: fx.Node, rank: int, axis: int) -> int | None:
+    """The same of a function that is given its weight as a parameter or buffer."""
+    name = getattr(node.target, "__name__", "")
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or (held := info(weight)) is None:
+        return None
+    if name == "linear":
+        return held.shape[-1] if axis == rank - 1 else None
+    if axis != 1:
+        return None
+    if name in ("conv1d", "conv2d", "conv3d"):
+        groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+        return held.shape[1] * groups if isinstance(groups, int) else None
+    return held.shape[0] if name in ("batch_norm", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d") else None
 
 
 def is_split(node: fx.Node, axis: int, rank: int) -> bool:

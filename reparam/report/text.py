@@ -62,9 +62,13 @@ def _indented(line: RenderableType, columns: int) -> Padding:
 
 
 def _how(capture: str) -> str:
-    return {"symbolic": "by symbolic tracing", "exported": "by torch.export", "partial": "in part"}.get(
-        capture, capture
-    )
+    ways = {
+        "symbolic": "by symbolic tracing",
+        "export": "by torch.export",
+        "partial": "in parts",
+        "modules": "in parts, keeping its own class",
+    }
+    return ways.get(capture, capture)
 
 
 def _operations(report: Report) -> Table:

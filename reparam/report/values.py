@@ -48,7 +48,7 @@ class Report:
 
     Attributes:
         model: the model's name: its class, or the file it came from.
-        capture: how the graph was captured (`symbolic`, `exported`, `partial`).
+        capture: how the graph was captured (`symbolic`, `export`, `partial`, `modules`).
         before, after: operations of the original and of the fused model.
         rewrites: what was changed, in the order in which it was.
         refusals: what looks foldable and was left, and why.

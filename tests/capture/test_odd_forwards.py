@@ -211,6 +211,36 @@ def test_every_call_answers_as_the_original(forward: Forward, inputs: tuple[Any,
         assert relative_error(call(original, arguments), call(fused, arguments)) < 1e-12
 
 
+# Functions in which a tensor may stand for a number: torch takes a proxy for a tensor there.
+
+OF_NUMBERS: dict[str, Forward] = {
+    "pow": lambda s, x: torch.pow(s.a(x), 2) + torch.pow(2, x),
+    "where": lambda s, x: torch.where(s.a(x) > 0, x, 0.0) + torch.where(x > 0, 1.0, x),
+    "where_in_two": lambda s, x: torch.where(x.mean((2, 3)) > 0),
+    "remainder": lambda s, x: torch.remainder(x, 2) + torch.fmod(x, 2) + torch.floor_divide(x, 2),
+    "clamp": lambda s, x: torch.clamp(x, min=x * 0.5) + torch.clamp(x, 0, 1) + torch.clamp_min(x, 0),
+    "xlogy": lambda s, x: torch.special.xlogy(x.abs(), 2) + torch.special.zeta(x.abs() + 2, 2),
+    "float_power": lambda s, x: torch.float_power(x, 2) + torch.Tensor.pow(x, 3),
+    "bits": lambda s, x: torch.bitwise_and(x.long(), 1) * torch.result_type(x, 2).itemsize,
+    "constants": lambda s, x: (
+        torch.ones(8).double() ** x + torch.ones(8).double().pow(x) + torch.ones(8).remainder(x.abs() + 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_NUMBERS)
+def test_functions_of_tensors_or_numbers(name: str) -> None:
+    original, fused = odd(OF_NUMBERS[name]), fuse(odd(OF_NUMBERS[name]), image(), verify=False).module
+    for x in (image(), image(2)):
+        expected, actual = call(original, (x,)), call(fused, (x,))
+        for a, b in zip(
+            expected if isinstance(expected, tuple) else (expected,),
+            actual if isinstance(actual, tuple) else (actual,),
+            strict=True,
+        ):
+            assert torch.equal(a, b) or relative_error(a, b) < 1e-12
+
+
 # Forwards that go another way on another input.
 
 

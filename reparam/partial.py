@@ -1,0 +1,261 @@
+"""Fusing a model in parts: the user's own classes stay, and what can be captured inside of them is fused in place.
+
+This is for a model whose own forward cannot be captured, and for who asks for it. From the top down: a child that can
+be captured is replaced by its fused form; of one that cannot, the children are tried. Every child is fused for the
+arguments with which the model calls it, and is only replaced if it answers all these calls as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from reparam.capture.trace import private_copy
+from reparam.errors import CaptureError, InputError, OtherInputError, ReparamError
+from reparam.graph.build import float64_twin, unshared
+from reparam.inputs import Inputs
+from reparam.piece import Piece
+
+
+class NothingCapturedError(Exception):
+    """No part of the model can be captured."""
+
+
+FuseOne = Callable[[nn.Module, Inputs], Piece]
+_MOST_CALLS = 16
+_TOLERANCE = 1e-3
+"""Largest error of a part, relative to its largest value, that may be rounding; the whole is verified afterwards."""
+
+
+class FusedPart(fx.GraphModule):
+    """A fused part of a model; passes for an instance of the class that it replaces, and has its plain attributes."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self.__dict__.get("meta", {}).get("stands_for") or type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        plain = self.__dict__.get("meta", {}).get("plain", {})
+        return plain[name] if name in plain else super().__getattr__(name)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A module that was left as it is, with the children it calls.
+
+    Attributes:
+        path: its qualified name; empty for the model itself.
+        kind: its class.
+        why: what stopped its capture.
+    """
+
+    path: str
+    kind: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the model itself'} ({self.kind}) stays as it is: {self.why}"
+
+
+@dataclass
+class Assembled:
+    """A model some parts of which are fused.
+
+    Attributes:
+        module: a copy of the model that shares nothing with it.
+        parts: the fused parts by qualified name.
+        outside: what stays as it is.
+    """
+
+    module: nn.Module
+    parts: dict[str, Piece] = field(default_factory=dict)
+    outside: list[Outside] = field(default_factory=list)
+
+    def float64(self) -> nn.Module:
+        """A copy in float64, its parts with weights as they were before they were rounded."""
+        twin = copy.deepcopy(self.module).double()
+        for path, piece in self.parts.items():
+            twin.set_submodule(path, float64_twin(piece.module))
+        return twin
+
+
+def assembled(model: nn.Module, inputs: Inputs, fuse_one: FuseOne, why: str) -> Assembled:
+    """Fuses the parts of `model`, which stays as it is because of `why`.
+
+    Raises:
+        InputError: the model cannot run on the inputs.
+        NothingCapturedError: no part of it can be captured.
+    """
+    found = Assembled(private_copy(model))
+    found.outside.append(Outside("", type(model).__name__, why))
+    _Assembler(found, inputs, fuse_one).descend(found.module, "")
+    if not found.parts:
+        raise NothingCapturedError
+    found.module = unshared(found.module, model)
+    return found
+
+
+@dataclass
+class _Assembler:
+    found: Assembled
+    inputs: Inputs
+    fuse_one: FuseOne
+    done: dict[int, nn.Module | None] = field(default_factory=dict)
+
+    def descend(self, owner: nn.Module, prefix: str, *, runs: bool = True) -> None:
+        """Fuses the children of a module that stays; `runs` is whether the example calls it."""
+        children = {f"{prefix}{name}": child for name, child in owner.named_children()}
+        calls = self._calls(children)
+        replaced: dict[str, nn.Module] = {}
+        below: list[tuple[str, nn.Module, bool]] = []
+        for path, child in children.items():
+            if self._is_single(child):
+                continue
+            if id(child) not in self.done:
+                self.done[id(child)] = self._fused(path, child, calls[path])
+                if not calls[path] and runs and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                    why = "the example does not run it, or not by calling it"
+                    self.found.outside.append(Outside(path, type(child).__name__, why))
+            part = self.done[id(child)]
+            if part is None:
+                below.append((path, child, bool(calls[path]) or isinstance(child, (nn.ModuleList, nn.ModuleDict))))
+            else:
+                self.found.module.set_submodule(path, part)
+                replaced[path] = child
+        below += [(path, child, True) for path, child in self._undo_what_breaks(replaced)]
+        for path, child, called in below:
+            self.descend(child, f"{path}.", runs=called)
+
+    def _is_single(self, child: nn.Module) -> bool:
+        """Whether there is nothing in it that could be fused: a layer of torch by itself."""
+        return not any(True for _ in child.children()) and type(child).__module__.startswith("torch.nn.")
+
+    def _fused(self, path: str, child: nn.Module, calls: list[tuple[Inputs, Any]]) -> nn.Module | None:
+        if not calls:
+            return None
+        try:
+            piece = self.fuse_one(child, calls[0][0])
+            for inputs, expected in calls:
+                _check(piece.module, inputs, expected)
+        except ReparamError as error:
+            why = str(error).partition("; rewrite that line")[0]
+            self.found.outside.append(Outside(path, type(child).__name__, why))
+            return None
+        self.found.parts[path] = piece
+        return _standing_for(piece.module, child)
+
+    def _calls(self, modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[Inputs, Any]]]:
+        """The arguments and results of the modules' calls while the model runs, one call of each kind."""
+        found: dict[str, list[tuple[Inputs, Any]]] = {path: [] for path in modules}
+        seen: dict[str, set[str]] = {path: set() for path in modules}
+        given: dict[str, list[Inputs]] = {path: [] for path in modules}
+        handles = []
+
+        def before(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                given[path].append(Inputs(args, kwargs).clone())
+
+            return hook
+
+        def after(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+                inputs = given[path].pop()
+                signature = _signature(inputs)
+                if signature not in seen[path] and len(found[path]) < _MOST_CALLS:
+                    seen[path].add(signature)
+                    clones = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), result)
+                    found[path].append((inputs, clones))
+
+            return hook
+
+        for path, module in modules.items():
+            handles += [
+                module.register_forward_pre_hook(before(path), with_kwargs=True),
+                module.register_forward_hook(after(path), with_kwargs=True),
+            ]
+        try:
+            self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _run(self) -> None:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.inputs.call(self.found.module)
+        except OtherInputError:
+            raise
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"the model cannot run on the example input: {line}; pass inputs shaped as it expects them"
+            ) from error
+
+    def _undo_what_breaks(self, replaced: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+        """Puts back children without whose insides the model does not run; returns them."""
+        undone = []
+        for path, child in replaced.items():
+            try:
+                self._run()
+                break
+            except Exception as error:
+                self.found.module.set_submodule(path, child)
+                self.done[id(child)] = None
+                del self.found.parts[path]
+                why = f"what calls it needs more of it than its result ({error})"
+                self.found.outside.append(Outside(path, type(child).__name__, why))
+                undone.append((path, child))
+        return undone
+
+
+def _signature(inputs: Inputs) -> str:
+    """What tells calls apart: shapes and dtypes of tensors, and plain values."""
+    leaves, spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+    words = [f"{tuple(v.shape)} {v.dtype}" if isinstance(v, torch.Tensor) else repr(v) for v in leaves]
+    return f"{spec} {words}"
+
+
+def _check(module: nn.Module, inputs: Inputs, expected: Any) -> None:
+    """Raises `CaptureError` if a fused part answers a recorded call otherwise than the original did."""
+    try:
+        actual = inputs.call(module)
+    except OtherInputError as error:
+        raise CaptureError(f"the model calls it in several ways ({error})") from error
+    leaves, spec = pytree.tree_flatten(expected)
+    found, found_spec = pytree.tree_flatten(actual)
+    if spec != found_spec:
+        raise CaptureError("its result has another structure once it is captured")
+    for a, b in zip(leaves, found, strict=True):
+        if isinstance(a, torch.Tensor):
+            if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype or not _close(a, b):
+                raise CaptureError("it answers otherwise once it is captured")
+        elif a != b:
+            raise CaptureError("it answers otherwise once it is captured")
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    if not a.numel():
+        return True
+    loose = _TOLERANCE * (100 if a.dtype in (torch.float16, torch.bfloat16) else 1)
+    return bool(torch.allclose(a.double(), b.double(), rtol=0, atol=loose * float(a.double().abs().max()) + 1e-30))
+
+
+def _standing_for(module: fx.GraphModule, original: nn.Module) -> FusedPart:
+    part = FusedPart(module, module.graph, type(original).__name__)
+    plain = (bool, int, float, str, type(None), tuple, torch.dtype, torch.device)
+    part.meta["stands_for"] = type(original)
+    part.meta["plain"] = {
+        name: value
+        for name, value in vars(original).items()
+        if isinstance(value, plain) and not name.startswith("_") and name != "training"
+    }
+    return part.eval()

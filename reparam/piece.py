@@ -1,0 +1,70 @@
+"""One captured graph, fused: what `fuse` makes of a whole model, or of a part of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import fx, nn
+
+from reparam.capture.captured import Captured
+from reparam.graph.build import built
+from reparam.graph.count import count_operations
+from reparam.graph.normal import normalise, restore_in_place
+from reparam.passes import Pass
+from reparam.passes.base import Refusal, Rewrite
+from reparam.report import OperationCounts
+
+Change = TypeVar("Change", Rewrite, Refusal)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A fused graph, and what happened to it.
+
+    Attributes:
+        module: in eval mode; shares no tensor with the model.
+        captured: the graph it was made from.
+        rewrites, refusals: by the passes.
+        before, after: operations.
+    """
+
+    module: fx.GraphModule
+    captured: Captured
+    rewrites: tuple[Rewrite, ...]
+    refusals: tuple[Refusal, ...]
+    before: OperationCounts
+    after: OperationCounts
+
+
+def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece:
+    """Runs the passes over a captured graph of `model` and builds the module. The graph is used up."""
+    graph, root = captured.graph, captured.root
+    with torch.no_grad():
+        normalise(graph, root)
+        before = OperationCounts(**count_operations(graph, root))
+        rewrites: list[Rewrite] = []
+        refusals: list[Refusal] = []
+        for step in passes:
+            made, left = step.run(graph, root)
+            rewrites += made
+            refusals += left
+        after = OperationCounts(**count_operations(graph, root))
+        restore_in_place(graph, root)
+        module = built(root, graph, model)
+    return Piece(module, captured, tuple(rewrites), tuple(refusals), before, after)
+
+
+def under(path: str, changes: Sequence[Change]) -> tuple[Change, ...]:
+    """Changes of a part with places as seen from the whole model."""
+    return tuple(
+        replace(one, place=replace(one.place, module=f"{path}.{one.place.module}".rstrip("."))) for one in changes
+    )
+
+
+def total(counts: Sequence[OperationCounts]) -> OperationCounts:
+    """The sum of counts."""
+    fields = OperationCounts.__dataclass_fields__
+    return OperationCounts(**{name: sum(getattr(one, name) for one in counts) for name in fields})
