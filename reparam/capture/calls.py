@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tensor")
 # A tensor may stand for a number in these: torch takes a proxy, which says it is a tensor, for one and reads memory.
 _OF_NUMBERS = """
-    add bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor bucketize clamp clamp_max clamp_min
-    clip copysign div divide eq fill float_power floor_divide fmod ge greater greater_equal gt index_fill isin le lerp less
-    less_equal lt masked_fill mul multiply ne not_equal pow remainder result_type rsub scatter searchsorted sub subtract
-    true_divide where xlogy
+    add bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor bucketize clamp clamp_max
+    clamp_min clip copysign div divide eq fill float_power floor_divide fmod ge greater greater_equal gt index_fill
+    isin le lerp less less_equal lt masked_fill mul multiply ne not_equal pow remainder result_type rsub scatter
+    searchsorted sub subtract true_divide where xlogy
 """
 _SPECIAL = [name for name, function in vars(torch.special).items() if isinstance(function, BuiltinFunctionType)]
 _METHODS = ("expand", "new_empty", "new_full", "new_ones", "new_zeros", "repeat", "reshape", "tile", "view")
