@@ -16,8 +16,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from reparam.capture.state import answers_alike
 from reparam.capture.trace import private_copy
-from reparam.errors import CaptureError, InputError, OtherInputError, ReparamError
+from reparam.errors import CaptureError, InputError, OtherInputError, ReparamError, UnfitModelError
 from reparam.graph.build import float64_twin, unshared
 from reparam.inputs import Inputs
 from reparam.piece import Piece
@@ -90,15 +91,31 @@ def assembled(model: nn.Module, inputs: Inputs, fuse_one: FuseOne, why: str) -> 
 
     Raises:
         InputError: the model cannot run on the inputs.
+        UnfitModelError: it answers the same input otherwise when it is called again.
         NothingCapturedError: no part of it can be captured.
     """
+    if not answers_alike(model, inputs):
+        raise UnfitModelError(
+            f"{type(model).__name__} answers the same input otherwise when it is called again, so what is fused cannot "
+            "be compared with it; make it a function of its input"
+        )
     found = Assembled(private_copy(model))
     found.outside.append(Outside("", type(model).__name__, why))
     _Assembler(found, inputs, fuse_one).descend(found.module, "")
     if not found.parts:
         raise NothingCapturedError
     found.module = unshared(found.module, model)
+    _restore_buffers(found.module, model)
     return found
+
+
+@torch.no_grad()
+def _restore_buffers(module: nn.Module, model: nn.Module) -> None:
+    """Undoes what running the model has written into its buffers."""
+    theirs = dict(model.named_buffers())
+    for name, buffer in module.named_buffers():
+        if name in theirs and buffer.shape == theirs[name].shape and buffer.dtype == theirs[name].dtype:
+            buffer.copy_(theirs[name])
 
 
 @dataclass
@@ -110,7 +127,7 @@ class _Assembler:
 
     def descend(self, owner: nn.Module, prefix: str, *, runs: bool = True) -> None:
         """Fuses the children of a module that stays; `runs` is whether the example calls it."""
-        children = {f"{prefix}{name}": child for name, child in owner.named_children()}
+        children = {f"{prefix}{name}": child for name, child in owner._modules.items() if child is not None}
         calls = self._calls(children)
         replaced: dict[str, nn.Module] = {}
         below: list[tuple[str, nn.Module, bool]] = []

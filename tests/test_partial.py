@@ -191,3 +191,47 @@ def test_nothing_to_capture_is_said() -> None:
             reparam.fuse(build(data_dependent), X, capture=way)
     with pytest.raises(reparam.InputError, match="capture='graph' is not known"):
         reparam.fuse(Only(), X.float(), capture="graph")
+
+
+def counting(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.calls = getattr(m, "calls", 0) + 1
+    return m.head(m.stem(x) if x.sum() != 0 else x) * m.calls
+
+
+def remembering(m: Any, x: torch.Tensor) -> torch.Tensor:
+    x = m.stem(x) if x.sum() != 0 else x
+    m.mean.mul_(0.9).add_(x.mean())
+    return m.head(x)
+
+
+def test_a_model_with_a_memory_is_refused_if_its_answers_depend_on_it() -> None:
+    for way in ("auto", "modules"):
+        with pytest.raises(reparam.CaptureError, match="answers the same input otherwise"):
+            reparam.fuse(build(counting), X, capture=way, verify=False)
+    model = build(remembering)
+    model.register_buffer("mean", torch.ones(1, dtype=torch.float64))
+    fused: Any = reparam.fuse(model, X).module
+    assert torch.equal(fused.mean, torch.ones(1, dtype=torch.float64))
+    for _ in range(3):
+        assert relative_error(model(X), fused(X)) < 1e-12
+        assert relative_error(model.mean, fused.mean) < 1e-12
+
+
+def test_shared_and_hooked_children_nested_results_and_train_mode() -> None:
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        return {"o": m.stem(x=x, gain=2.0), "p": [m.blocks[0](x), None, 3]} if x.mean() != 7 else {}
+
+    model = build(forward)
+    model.blocks[1] = model.blocks[0]
+    model.stem.register_forward_hook(lambda module, inputs, output: output * 2)
+    model.train()
+    result = reparam.fuse(model, X)
+    model.eval()
+    expected, actual = model(X), result.module(X)
+    assert relative_error(expected["o"], actual["o"]) < 1e-12
+    assert relative_error(expected["p"][0], actual["p"][0]) < 1e-12
+    assert actual["p"][1:] == [None, 3]
+    fused: Any = result.module
+    assert fused.blocks[0] is fused.blocks[1]
+    assert any(note.startswith("stem (Block) stays as it is") and "hooks" in note for note in result.report.notes)
+    assert result.report.after.batch_norms == 1
