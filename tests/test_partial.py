@@ -234,4 +234,4 @@ def test_shared_and_hooked_children_nested_results_and_train_mode() -> None:
     fused: Any = result.module
     assert fused.blocks[0] is fused.blocks[1]
     assert any(note.startswith("stem (Block) stays as it is") and "hooks" in note for note in result.report.notes)
-    assert result.report.after.batch_norms == 1
+    assert executed_counts(fused, X)["bn"] == 1  # beside the hooked module itself, which cannot be looked into
