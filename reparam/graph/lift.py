@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from reparam.algebra import AffineMap, Inexact
 from reparam.errors import InputError
 from reparam.graph.constants import Constants
-from reparam.graph.nodes import info, module_of, pinned
+from reparam.graph.nodes import info, is_parametrized, module_of, pinned
 from reparam.graph.sizes import Dims, Sizes
 
 
@@ -267,7 +266,7 @@ def _unrounded(node: fx.Node, root: nn.Module) -> nn.Module | None:
 def plain_type(module: nn.Module | None) -> type:
     """The class of a module, that of the unparametrised module if it is parametrised."""
     cls = type(module)
-    return cls.__mro__[1] if module is not None and parametrize.is_parametrized(module) else cls
+    return cls.__mro__[1] if module is not None and is_parametrized(module) else cls
 
 
 def _untouchable(node: fx.Node, root: nn.Module) -> Inexact | None:

@@ -32,6 +32,11 @@ def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
     return module
 
 
+def is_parametrized(module: nn.Module) -> bool:
+    """`torch.nn.utils.parametrize.is_parametrized`, which asks in a slower way."""
+    return "parametrizations" in module._modules
+
+
 def attribute(root: nn.Module, target: str) -> Any:
     """The parameter, buffer or other attribute that a `get_attr` node names."""
     value: Any = root

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
 from reparam.graph.formulas import arithmetic, carriers, channels, layers
 from reparam.graph.lift import LiftTable, Row
+from reparam.graph.nodes import is_parametrized
 
 
 def _read_padding(mode: str) -> Callable[[Any], dict[str, Any]]:
@@ -31,7 +31,7 @@ def _reader(*names: str) -> Callable[[Any], dict[str, Any]]:
 
 def read_attribute(module: nn.Module, name: str) -> Any:
     """An attribute of a module as its formula gets it: a parametrised one is computed, None if there is none."""
-    if parametrize.is_parametrized(module, name):
+    if is_parametrized(module) and name in module.parametrizations:  # type: ignore[operator]
         # The weight is an expression of others; like every merged weight it is computed in float64.
         with torch.no_grad():
             return copy.deepcopy(module.parametrizations[name]).double()()  # type: ignore[index,operator]
