@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from reparam.capture.captured import Captured, Leaves
-from reparam.capture.checks import require_value
+from reparam.capture.checks import Guards, require_value
 from reparam.capture.copying import copied
 from reparam.capture.exported import export
 from reparam.capture.proxies import UnfitError
@@ -100,6 +101,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
     try:
         with torch.random.fork_rng(devices=[]):
             program = export(private_copy(model), inputs.clone())
+        _make_guards_plain(program, inputs)
         captured = _symbolic(program, inputs, leaves)
     except (InputError, UnfitModelError):
         raise
@@ -115,6 +117,26 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
     if model.training:
         notes = ("the model was in train mode; its inference form was taken (eval mode)", *notes)
     return replace(captured, how="export", name=name, notes=notes)
+
+
+class _Check(nn.Module):
+    """A guard of torch.export, as a module that can be traced."""
+
+    def __init__(self, guard: nn.Module) -> None:
+        super().__init__()
+        self.guard = guard
+
+    def forward(self, *inputs: Any) -> None:
+        self.guard(*inputs)
+
+
+def _make_guards_plain(program: fx.GraphModule, inputs: Inputs) -> None:
+    """The guards of an exported program are a function made at run time, which cannot be pickled; a graph can."""
+    guards = program._modules.get("_guards_fn")
+    if isinstance(guards, Guards):
+        given = Inputs(tuple(pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))))
+        traced = _traced(_Check(guards.check), given, Leaves(), compute=False)
+        guards.check = fx.GraphModule(traced.root, traced.graph)
 
 
 def _stopped(error: CaptureError) -> str:

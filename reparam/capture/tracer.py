@@ -39,6 +39,7 @@ from reparam.capture.checks import (
 )
 from reparam.capture.exported import Origins
 from reparam.capture.proxies import UnfitError, ValueProxy, is_argument, is_from_argument, user_line
+from reparam.capture.reading import ReadingTracer
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
 
@@ -139,6 +140,10 @@ class ValueTracer(fx.Tracer):
             torch.set_rng_state(start)
         if drawn:
             raise UnfitError("the forward draws a random number, which the graph would repeat")
+        graph._tracer_cls = ReadingTracer  # for whoever unpickles a module with this graph
+        for node in graph.nodes:
+            if isinstance(node.type, str):
+                node.type = None  # of a postponed annotation there is only the text, which cannot be pickled as a type
         return graph
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

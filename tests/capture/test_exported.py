@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ import reparam
 from reparam import OtherInputError
 from reparam.capture.aten import spell_out
 from reparam.capture.trace import capture
+from reparam.export import OnnxSession, export_archive, export_onnx
+from reparam.inputs import Inputs
 from tests.capture.test_odd_forwards import call, counter, image, noise, odd
 from tests.support import executed_counts, relative_error
 from tests.test_blocks import BLOCKS
@@ -132,8 +137,22 @@ def test_sizes_stay_open_or_are_checked() -> None:
     original, fused = odd(branch), reparam.fuse(odd(branch), image(2), capture="export", verify=False).module
     for x in (image(2), image(5), image(3, 16, 9)):
         assert relative_error(call(original, (x,)), call(fused, (x,))) < 1e-12
-    with pytest.raises(OtherInputError, match="captured for other inputs"):
-        call(fused, (image(2, 11, 8),))
+    for module in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert relative_error(call(original, (image(3),)), call(module, (image(3),))) < 1e-12
+        with pytest.raises(OtherInputError, match="this model was captured for"):
+            call(module, (image(2, 11, 8),))
+    assert reparam.fuse(fused, image(2)).report.rewrites == ()
+
+
+def test_what_was_exported_can_be_exported_again(tmp_path: Path) -> None:
+    original = odd(lambda s, x: s.linear(F.relu(s.b(F.relu(s.a(x)))).mean((2, 3)))).float()
+    fused = reparam.fuse(original, image(2).float(), capture="export").module
+    export_archive(fused, Inputs.of(image(2).float()), tmp_path / "m.pt2")
+    session = OnnxSession(export_onnx(fused, Inputs.of(image(2).float()), tmp_path / "m.onnx").path, threads=1)
+    for x in (image(1).float(), image(3, 11, 9).float()):
+        expected = call(original, (x,))
+        assert relative_error(expected, torch.export.load(tmp_path / "m.pt2").module()(x)) < 1e-6
+        assert relative_error(expected, session(x)) < 1e-6
 
 
 def test_the_model_is_not_shared_and_not_changed() -> None:

@@ -1,0 +1,46 @@
+"""How a pickled graph module is read back: torch runs its code once more, to find the graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from reparam.capture import checks
+from reparam.capture.calls import functions_of_numbers, traced_calls
+
+_CHECKS = (
+    checks.require_decision,
+    checks.require_keys,
+    checks.require_length,
+    checks.require_number,
+    checks.require_rank,
+    checks.require_value,
+)
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records item assignment and rounding too."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __round__(self, digits: int | None = None) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+
+class ReadingTracer(fx.Tracer):
+    """Traces code that was generated from a captured graph: straight lines, in which checks are calls."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=(*_CHECKS, *functions_of_numbers()))
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy for a node."""
+        return _Proxy(node, self)
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Traces with calls of sizes alone recorded as well."""
+        with traced_calls(self):
+            return super().trace(root, concrete_args)
