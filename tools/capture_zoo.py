@@ -151,7 +151,7 @@ def main() -> int:
         rows = {name: row for name, row in rows.items() if row.way}
     names = [name for name in timm.list_models() if re.search(args.models, name) and name not in rows]
     try:
-        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=100) as pool:
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
             pending = [pool.submit(captured, name) for name in names]
             for index, future in enumerate(as_completed(pending), 1):
                 row = future.result()
