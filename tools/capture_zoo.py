@@ -93,17 +93,17 @@ def _captured_on(name: str, family: str, device: str) -> Row:
     return Row(name, family, found.how, device, len(found.graph.nodes), seconds, lines[0] if lines else "")
 
 
-def markdown(rows: Sequence[Row], version: str, timm_version: str) -> str:
+def markdown(rows: Sequence[Row], version: str, timm_version: str, known: int) -> str:
     """One line for each of timm's source files, and one for each model that was not captured."""
     lines = [
         "# Capturing every model of timm",
         "",
         f"`python tools/capture_zoo.py`, torch {torch.__version__}, timm {timm_version}, reparam at {version}.",
         "",
-        f"{sum(bool(row.way) for row in rows)} of {len(rows)} models captured. Decided by sizes: lines where Python "
-        "decides by the size of a tensor, which the fused model checks.",
+        f"{sum(bool(row.way) for row in rows)} of {len(rows)} models that were tried are captured; timm has {known}. By "
+        "sizes: lines where Python decides by the size of a tensor, which the fused model checks.",
         "",
-        "| family | models | symbolic | export | not captured | median graph | decided by sizes |",
+        "| family | models | symbolic | export | not captured | median graph | by sizes |",
         "|---|--:|--:|--:|--:|--:|---|",
     ]
     for family in sorted({row.family for row in rows}):
@@ -134,7 +134,8 @@ def save(rows: dict[str, Row], version: str, timm_version: str) -> None:
     ordered = sorted(rows.values(), key=lambda row: (row.family, row.model))
     facts = {"reparam": version, "torch": torch.__version__, "timm": timm_version}
     write(OUT / "capture.json", json.dumps({**facts, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
-    write(OUT / "capture.md", markdown(ordered, version, timm_version))
+    known = len(timm_zoo.import_timm().list_models())
+    write(OUT / "capture.md", markdown(ordered, version, timm_version, known))
 
 
 def main() -> int:
