@@ -100,8 +100,8 @@ def markdown(rows: Sequence[Row], version: str, timm_version: str, known: int) -
         "",
         f"`python tools/capture_zoo.py`, torch {torch.__version__}, timm {timm_version}, reparam at {version}.",
         "",
-        f"{sum(bool(row.way) for row in rows)} of {len(rows)} models that were tried are captured; timm has {known}. By "
-        "sizes: lines where Python decides by the size of a tensor, which the fused model checks.",
+        f"{sum(bool(row.way) for row in rows)} of {len(rows)} models that were tried are captured; timm has {known}. "
+        "By sizes: lines where Python decides by the size of a tensor, which the fused model checks.",
         "",
         "| family | models | symbolic | export | not captured | median graph | by sizes |",
         "|---|--:|--:|--:|--:|--:|---|",
