@@ -62,6 +62,10 @@ def main() -> None:
     "--machine", type=click.Choice(["eager-cpu", "onnxruntime-cpu", "cuda"]),
     help="Whose prices count. Default: cuda for a model on CUDA, else eager-cpu.",
 )  # fmt: skip
+@click.option(
+    "--fixed-sizes", is_flag=True,
+    help="Let the fused model run at the example's sizes only, the batch apart; sometimes it gets smaller for that.",
+)  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show for each region what was compared, and why one form won.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output and nothing else.")
 @click.option("--no-onnx", is_flag=True, help="Write no ONNX file.")

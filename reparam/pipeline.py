@@ -57,6 +57,7 @@ def fuse(
     objective: str = "latency",
     machine: str | None = None,
     explain: bool = False,
+    fixed_sizes: bool = False,
     passes: Sequence[Pass] | None = None,
     progress: Progress | None = None,
 ) -> FuseResult:
@@ -80,6 +81,8 @@ def fuse(
         machine: whose prices count: "eager-cpu", "onnxruntime-cpu" or "cuda"; None is "cuda" for a model on CUDA, else
             "eager-cpu".
         explain: also report what was compared for each region and why one form won (`report.choices`); takes longer.
+        fixed_sizes: let the fused model run at the example's sizes only, other than the batch; shifts in front of zero
+            padding can then become one constant (`reparam.passes.bias_maps`). Other sizes raise `OtherInputError`.
         passes: the passes to run, in order, in place of the usual ones; they bring their own prices.
         progress: called with a few words when a stage starts.
 
@@ -91,15 +94,18 @@ def fuse(
         CaptureError: the model's graph cannot be captured.
         NotEquivalentError: the fused model does not agree with the original; no module is returned.
     """
+    _require_values(model)
     level = _level(verify)
     if capture not in WAYS:
         raise InputError(f"capture={capture!r} is not known; use {', '.join(WAYS)}")
     prices = cost_model(objective, _machine_of(model) if machine is None else machine)
     if explain and passes is not None:
         raise InputError("explain goes with the usual passes; of your own, give the Collapse a function to call")
+    if fixed_sizes and passes is not None:
+        raise InputError("fixed_sizes goes with the usual passes; of your own, give the Rounds its maps")
     choices = Choices() if explain else None
     stages = _Stages(progress)
-    usual = pipeline(prices, None if choices is None else choices.add)
+    usual = pipeline(prices, None if choices is None else choices.add, fixed_sizes=fixed_sizes)
     steps = tuple(usual if passes is None else passes)
     inputs = Inputs.of(example_inputs)
     made = _made(model, inputs, capture, steps, stages)
@@ -200,6 +206,15 @@ def _made_of_parts(
             *(f"{path}: {note}" for path, piece in pieces.items() for note in piece.captured.notes),
         ),
     )
+
+
+def _require_values(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    held = (*model.named_parameters(), *model.named_buffers())
+    without = next((name for name, tensor in held if tensor.is_meta), None)
+    if without is not None:
+        raise InputError(f"{without} is on the meta device and has no values; load the weights first")
 
 
 def _machine_of(model: nn.Module) -> str:

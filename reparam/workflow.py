@@ -45,6 +45,7 @@ class Request:
         capture: how the graph is captured; as for `reparam.fuse`.
         objective, machine: what to have least of, and on which machine; as for `reparam.fuse`.
         explain: whether to report what was compared for each region.
+        fixed_sizes: whether the fused model may run at the example's sizes only, the batch apart.
         onnx, archive: which files to write.
         bench: whether to measure latency; `bench_seconds` long.
         seed: of the drawn inputs, of verification and of the order of measurements.
@@ -63,6 +64,7 @@ class Request:
     objective: str = "latency"
     machine: str | None = None
     explain: bool = False
+    fixed_sizes: bool = False
     onnx: bool = True
     archive: bool = True
     bench: bool = True
@@ -98,6 +100,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         objective=request.objective,
         machine=request.machine,
         explain=request.explain,
+        fixed_sizes=request.fixed_sizes,
         progress=progress,
     )
     report = replace(

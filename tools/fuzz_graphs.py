@@ -1,6 +1,6 @@
 """Fuzzes `reparam.fuse` with random models: every answer must be exact, or a refusal.
 
-    python tools/fuzz_graphs.py --count 10000 --seed 0 [--record tools/results/fuzz.md]
+    python tools/fuzz_graphs.py --count 10000 --seed 0 [--fixed-sizes] [--record tools/results/fuzz.md]
 
 Models are drawn as Python source (`tests/fuzz`). Each is fused without verification, so that the engine alone is
 tested, and compared with the original in float64, on the example's size and, where the original takes them, on another
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import reparam  # noqa: E402
-from reparam.errors import ReparamError  # noqa: E402
+from reparam.errors import OtherInputError, ReparamError  # noqa: E402
 from tests.fuzz.ops import Statement  # noqa: E402
 from tests.fuzz.program import Program, draw  # noqa: E402
 from tools.record import engine_revision, write  # noqa: E402
@@ -65,6 +65,11 @@ def engine(model: nn.Module, example: torch.Tensor) -> nn.Module:
     return reparam.fuse(model, example, verify=False).module
 
 
+def engine_at_fixed_sizes(model: nn.Module, example: torch.Tensor) -> nn.Module:
+    """The same with `fixed_sizes`: the result may say no to other image sizes."""
+    return reparam.fuse(model, example, verify=False, fixed_sizes=True).module
+
+
 def check(program: Program, fuse: Fuse = engine) -> Outcome:
     """Builds `program`, fuses it and compares, on the example's size, another batch size and another image size."""
     with warnings.catch_warnings():
@@ -86,6 +91,10 @@ def check(program: Program, fuse: Fuse = engine) -> Outcome:
         for x, expected in references:
             try:
                 actual = _run(fused, x)
+            except OtherInputError as error:
+                if fuse is engine_at_fixed_sizes and x.shape[1:] != example.shape[1:]:
+                    continue
+                return Outcome("crash", f"on {tuple(x.shape)}: {_line(error)}")
             except Exception as error:
                 return Outcome("crash", f"while running on {tuple(x.shape)}: {_line(error)}")
             wrong = _difference(expected, actual, program.magnitude)
@@ -189,19 +198,21 @@ def campaign(count: int, seed: int, fuse: Fuse = engine, stop_after: int = 1) ->
     return outcomes, failing
 
 
-def _print_failure(program: Program, seed: int) -> None:
-    small = minimise(program)
-    outcome = check(small)
+def _print_failure(program: Program, seed: int, fuse: Fuse) -> None:
+    small = minimise(program, fuse)
+    outcome = check(small, fuse)
     print(f"\n# seed {seed}: {outcome.kind}: {outcome.detail}\n# --- paste from here ---")
     print(small.reproduction(), flush=True)
 
 
-def _record(count: int, seed: int, outcomes: Counter[str], seconds: float) -> str:
+def _record(options: argparse.Namespace, outcomes: Counter[str], seconds: float) -> str:
     """The outcome as Markdown."""
     rows = "\n".join(f"| {kind} | {outcomes[kind]} |" for kind in ("exact", "refused", "wrong", "crash", "invalid"))
+    command = f"python tools/fuzz_graphs.py --count {options.count} --seed {options.seed}"
+    command += " --fixed-sizes" if options.fixed_sizes else ""
     return f"""# Random models, fused
 
-`python tools/fuzz_graphs.py --count {count} --seed {seed}`, reparam at {engine_revision()}, torch {torch.__version__},
+`{command}`, reparam at {engine_revision()}, torch {torch.__version__},
 1 thread, {seconds:.0f} s.
 
 Each model is fused without verification and compared with the original in float64 at up to three sizes of input. Wrong:
@@ -220,19 +231,21 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000, help="models to try (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first model; the others follow (default 0)")
     parser.add_argument("--stop-after", type=int, default=5, help="failures to print before stopping (default 5)")
+    parser.add_argument("--fixed-sizes", action="store_true", help="fuse with fixed_sizes=True")
     parser.add_argument("--record", type=Path, help="Markdown file for the outcome")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    fuse = engine_at_fixed_sizes if options.fixed_sizes else engine
     start = time.perf_counter()
-    outcomes, failing = campaign(options.count, options.seed, stop_after=options.stop_after)
+    outcomes, failing = campaign(options.count, options.seed, fuse, options.stop_after)
     for program in failing:
-        _print_failure(program, program.seed)
+        _print_failure(program, program.seed, fuse)
     seconds = time.perf_counter() - start
     total = sum(outcomes.values())
     summary = ", ".join(f"{count} {kind}" for kind, count in sorted(outcomes.items()))
     print(f"{total} models from seed {options.seed} in {seconds:.0f} s: {summary}")
     if options.record is not None:
-        write(options.record, _record(options.count, options.seed, outcomes, seconds))
+        write(options.record, _record(options, outcomes, seconds))
     return 1 if failing else 0
 
 

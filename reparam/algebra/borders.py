@@ -54,7 +54,7 @@ def shift_crossing(second: Geometry) -> Inexact | None:
     if second.is_padded and second.padding_mode == "zeros":
         return Inexact(
             "its shift cannot cross the zero padding of the next layer: at the border that layer sees 0, not the shift",
-            "move the padding in front of it, or pad with its shift",
+            "move the padding in front of it, pad with its shift, or fuse for one image size (fixed sizes)",
         )
     return None
 

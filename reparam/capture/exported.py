@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from reparam.capture.aten import spell_out
-from reparam.capture.checks import Guards
+from reparam.checks import Guards
 from reparam.inputs import Inputs
 from reparam.quiet import quiet
 

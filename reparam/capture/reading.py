@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from reparam.capture import checks
+from reparam import checks
 from reparam.capture.calls import functions_of_numbers, traced_calls
 
 _CHECKS = (
@@ -16,6 +16,7 @@ _CHECKS = (
     checks.require_length,
     checks.require_number,
     checks.require_rank,
+    checks.require_sizes,
     checks.require_value,
 )
 

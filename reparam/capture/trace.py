@@ -23,12 +23,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from reparam.capture.captured import Captured, Leaves
-from reparam.capture.checks import Guards, require_value
 from reparam.capture.copying import copied
 from reparam.capture.exported import export
 from reparam.capture.proxies import UnfitError
 from reparam.capture.state import Memory, answers_alike
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
+from reparam.checks import Guards, require_value
 from reparam.errors import CaptureError, InputError, UnfitModelError
 from reparam.inputs import ExampleInputs, Inputs
 
@@ -61,10 +61,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
             f"{type(model).__name__} has forward hooks on the model itself, which the fused model would lose; "
             "remove them, or wrap the model in another module"
         )
-    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
-    if lazy:
-        raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
     inputs = Inputs.of(example_inputs)
+    _check_tensors(model, inputs)
     if way == "export":
         return _exported(model, inputs, leaves, None)
     try:
@@ -73,6 +71,23 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
         if way == "symbolic" or isinstance(error, UnfitModelError):
             raise
         return _exported(model, inputs, leaves, error)
+
+
+def _check_tensors(model: nn.Module, inputs: Inputs) -> None:
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    lazy = [name for name, tensor in held.items() if is_lazy(tensor)]
+    if lazy:
+        raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
+    first = {tensor.device: name for name, tensor in reversed(held.items())}
+    if len(first) > 1:
+        where = " and ".join(f"{name} on {device}" for device, name in [*first.items()][-2:])
+        raise InputError(f"the model has weights on several devices ({where}); move it to one, with .to(device)")
+    for device, name in first.items():
+        others = [tensor.device for tensor in inputs.tensors() if tensor.device != device and tensor.dim()]
+        if others:
+            raise InputError(
+                f"the model is on {device} ({name}) and an example input on {others[0]}; move one with .to(device)"
+            )
 
 
 def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:

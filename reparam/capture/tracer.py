@@ -6,7 +6,7 @@ type, conditions on sizes, and anything about parameters and buffers. Sizes stay
 with. Values of activations always do: control flow on them stops the trace.
 
 What is answered from the example and could be otherwise on another input is checked when the model runs: ranks,
-conditions and loops over sizes, and the structure of arguments that are containers (`capture/checks.py`). What a graph
+conditions and loops over sizes, and the structure of arguments that are containers (`checks.py`). What a graph
 cannot hold stops the trace: random numbers and tensors written to that depend on no input, another autocast.
 """
 
@@ -28,7 +28,12 @@ from torch.utils import _pytree as pytree
 
 from reparam.capture.calls import functions_of_numbers, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
-from reparam.capture.checks import (
+from reparam.capture.exported import Origins
+from reparam.capture.proxies import UnfitError, ValueProxy, is_argument, is_from_argument, user_line
+from reparam.capture.reading import ReadingTracer
+from reparam.capture.shapes import stand_in
+from reparam.capture.state import Memory, version
+from reparam.checks import (
     Guards,
     require_decision,
     require_keys,
@@ -37,11 +42,6 @@ from reparam.capture.checks import (
     require_rank,
     require_value,
 )
-from reparam.capture.exported import Origins
-from reparam.capture.proxies import UnfitError, ValueProxy, is_argument, is_from_argument, user_line
-from reparam.capture.reading import ReadingTracer
-from reparam.capture.shapes import stand_in
-from reparam.capture.state import Memory, version
 
 View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"
 
@@ -463,6 +463,8 @@ def _autocast() -> tuple[bool, ...]:
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
+    if tensor.is_meta:
+        return 0.0, 0.0
     values = tensor.detach().double()
     return float(values.sum()), float(values.square().sum())
 
@@ -491,9 +493,12 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _view(tensor: torch.Tensor) -> View:
-    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
+    if is_lazy(tensor) or tensor.layout is not torch.strided:
         return (id(tensor), 0, (), ())
-    return (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+    storage = tensor.untyped_storage()
+    # On the meta device there is no memory, and every address is 0.
+    address = int(storage._cdata) if tensor.is_meta else storage.data_ptr()
+    return (address, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 def _reads_sizes(kind: str, target: Any, args: tuple[Any, ...]) -> bool:

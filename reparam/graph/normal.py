@@ -298,7 +298,10 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
 
 
 # What the capture puts into the graph to stop it where it does not hold.
-_CHECKS = ("require_value", "require_length", "require_keys", "require_rank", "require_decision", "require_number")
+_CHECKS = {
+    *("require_value", "require_length", "require_keys", "require_rank", "require_sizes"),
+    *("require_decision", "require_number"),
+}
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import fx, nn
 
 from reparam.passes.base import Choice, Refusal, Rewrite
+from reparam.passes.bias_maps import BiasMaps
 from reparam.passes.collapse import Collapse
 from reparam.passes.constant_folding import ConstantFolding
 from reparam.passes.cost import CostModel
@@ -25,12 +26,17 @@ class Pass(Protocol):
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]: ...
 
 
-def pipeline(cost: CostModel, explain: Callable[[list[Choice]], None] | None = None) -> tuple[Pass, ...]:
-    """The passes in order, choosing by `cost`; `explain` is called with the choices of each collapse."""
+def pipeline(
+    cost: CostModel, explain: Callable[[list[Choice]], None] | None = None, *, fixed_sizes: bool = False
+) -> tuple[Pass, ...]:
+    """The passes in order, choosing by `cost`; `explain` is called with the choices of each collapse.
+
+    With `fixed_sizes` the graph needs to hold for the sizes of the example only, the batch apart.
+    """
     return (
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
         # moves, then the collapse, which merges what they brought together; again if that allows more moves
-        Rounds(collapse=Collapse(cost=cost, explain=explain)),
+        Rounds(collapse=Collapse(cost=cost, explain=explain), maps=BiasMaps(cost=cost) if fixed_sizes else None),
         Join(cost=cost),  # by now a layer and its BatchNorm, or a sum of branches, are one
         ConstantFolding(),  # last: what feeds a merged weight has been merged in float64
     )

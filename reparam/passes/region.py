@@ -55,10 +55,14 @@ class Region:
         graph, root: the graph and the module its targets refer to.
         lifted: what its nodes are.
         pays: whether two terms are cheaper as the one map given last.
+        shifts: whether maps have their shifts, or are taken without.
     """
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, lifted: LiftedGraph, pays: Merge) -> None:
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, lifted: LiftedGraph, pays: Merge, *, shifts: bool = True
+    ) -> None:
         self._pays = pays
+        self._shifts = shifts
         self._forms: dict[tuple[fx.Node, ...], Form | Blocked] = {}
         self._root = root
         self._sizes = lifted.sizes
@@ -206,7 +210,7 @@ class Region:
             if moved is not None and moved.repeat > 1 and not self._fixes_size(node):
                 return None
         maps = one.maps(shape[before]) if isinstance(one, Lifted) else ()
-        return Affine(one, operands, maps, before, after)
+        return Affine(one, operands, maps if self._shifts else tuple(map_.linear_part for map_ in maps), before, after)
 
     def _fixes_size(self, node: fx.Node) -> bool:
         """Whether every reader has weights for each channel, so that their number is the same for every input."""

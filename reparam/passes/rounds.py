@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.bias_maps import BiasMaps
 from reparam.passes.collapse import Collapse
 from reparam.passes.moves import Moves
 
@@ -20,11 +21,12 @@ _MOST_ROUNDS = 4
 @dataclass(frozen=True)
 class Rounds:
     """The pass. Rewrites are those of all rounds; refusals those about what stands in the end, one for each place and
-    operation.
+    operation. With `maps`, shifts may become constants for one image size.
     """
 
     moves: Moves = field(default_factory=Moves)
     collapse: Collapse = field(default_factory=Collapse)
+    maps: BiasMaps | None = None
     name = "moves and collapse"
 
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
@@ -34,6 +36,8 @@ class Rounds:
             made, kept = self.collapse.run(graph, root)
             rewrites += made
             again, _ = self.moves.run(graph, root)
+            if not again and self.maps is not None:
+                again, _ = self.maps.run(graph, root)
             rewrites += again
             if not again:
                 break

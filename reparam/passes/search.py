@@ -48,7 +48,7 @@ class Search:
 
     def __init__(self, region: Region, root: nn.Module, cost: CostModel, recorder: Recorder | None = None) -> None:
         self._recorder = recorder
-        self._region = region
+        self.region = region
         self._root = root
         self._cost = cost
         self._native: dict[fx.Node, Cost] = {}
@@ -58,12 +58,12 @@ class Search:
 
     def cone(self, node: fx.Node) -> list[fx.Node]:
         """What a real node is made of."""
-        return self._region.cone(node, self.real)
+        return self.region.cone(node, self.real)
 
     def native(self, node: fx.Node) -> Cost:
         """Cost of a node as it stands."""
         if node not in self._native:
-            affine = self._region.affine[node]
+            affine = self.region.affine[node]
             self._native[node] = (
                 self._cost.of_view()
                 if self.is_view(node)
@@ -73,7 +73,7 @@ class Search:
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether a node only looks at its operand in another way."""
-        return is_view(self._region.affine[node].lift)
+        return is_view(self.region.affine[node].lift)
 
     def price(self, node: fx.Node, form: Form) -> Cost:
         """Cost of computing a node from its form."""
@@ -82,7 +82,7 @@ class Search:
         return cost
 
     def _choose(self) -> set[fx.Node]:
-        nodes = sorted(self._region.affine, key=self._region.order.__getitem__)
+        nodes = sorted(self.region.affine, key=self.region.order.__getitem__)
         shared = self._shared(nodes)
         ends = self.forced | shared
         solutions: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -101,12 +101,12 @@ class Search:
         pending = True
         while pending:
             pending = False
-            for node in sorted(real, key=self._region.order.__getitem__):
-                cone = tuple(self._region.cone(node, real))
+            for node in sorted(real, key=self.region.order.__getitem__):
+                cone = tuple(self.region.cone(node, real))
                 if len(cone) == 1 or cone in checked:
                     continue
                 checked.add(cone)
-                form = self._region.form(cone)
+                form = self.region.form(cone)
                 if isinstance(form, Blocked) or self._unwritable(node, form, list(cone)) is not None:
                     real |= self._solve(node, real).real
                     pending = True
@@ -117,7 +117,7 @@ class Search:
         owner: dict[fx.Node, fx.Node] = {}
         shared = set()
         for node in reversed(nodes):
-            owners = set() if node in self.forced else {owner[user] for user in self._region.readers(node)}
+            owners = set() if node in self.forced else {owner[user] for user in self.region.readers(node)}
             if len(owners) != 1:
                 owner[node] = node
                 shared.add(node)
@@ -133,7 +133,7 @@ class Search:
         """
         ends = set(solutions)
         fewer = ends - {node}
-        cones = {end: set(self._region.cone(end, fewer)) for end in self._consumers(node, ends)}
+        cones = {end: set(self.region.cone(end, fewer)) for end in self._consumers(node, ends)}
         added: set[fx.Node] = set()
         found: dict[fx.Node, frozenset[fx.Node]] = {}
         for end in cones:
@@ -175,19 +175,19 @@ class Search:
             area, real = set().union(*cones.values()), set().union(*solutions.values())
             self._recorder.tried(node, tuple(cones), self.total(area & real, real - area), new, merged, needed_by)
 
-    def solved(self, end: fx.Node) -> Solution:
-        """The solution of one end between those that were chosen, found and recorded once more."""
-        return self._solve(end, self.ends)
+    def solved(self, end: fx.Node, ends: set[fx.Node] | frozenset[fx.Node] | None = None) -> Solution:
+        """The solution of one end between others, or between those that were chosen; found and recorded once more."""
+        return self._solve(end, self.ends if ends is None else ends)
 
     def _region_of(self, node: fx.Node, ends: set[fx.Node]) -> set[fx.Node]:
-        return set(self._region.cone(node, ends))
+        return set(self.region.cone(node, ends))
 
     def total(self, real: set[fx.Node], outside: set[fx.Node]) -> Cost:
         """What some real nodes cost, given the real nodes around them."""
         total, forms = Cost(), []
         for node in real:
-            cone = self._region.cone(node, real | outside)
-            form = None if len(cone) == 1 else self._region.form(cone)
+            cone = self.region.cone(node, real | outside)
+            form = None if len(cone) == 1 else self.region.form(cone)
             if isinstance(form, Form):
                 forms.append(form)
                 total += self.price(node, form)
@@ -197,7 +197,7 @@ class Search:
 
     def _consumers(self, node: fx.Node, ends: set[fx.Node]) -> list[fx.Node]:
         """The ends whose cones read this one."""
-        found, pending, seen = [], self._region.readers(node), set()
+        found, pending, seen = [], self.region.readers(node), set()
         while pending:
             user = pending.pop()
             if user in seen:
@@ -206,17 +206,17 @@ class Search:
             if user in ends:
                 found.append(user)
             else:
-                pending.extend(self._region.readers(user))
-        return sorted(found, key=self._region.order.__getitem__)
+                pending.extend(self.region.readers(user))
+        return sorted(found, key=self.region.order.__getitem__)
 
     def _solve(self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], depth: int = 0) -> Solution:
-        cone = self._region.cone(node, set(real))
+        cone = self.region.cone(node, set(real))
         if len(cone) == 1:
             return Solution(self.native(node), frozenset({node}))
         as_it_is = Solution(sum((self.native(n) for n in cone), Cost()), frozenset(cone))
         if len(cone) > _LARGEST_CONE:
             return self._decided(node, real, None, [as_it_is], as_it_is)
-        form = self._region.form(cone)
+        form = self.region.form(cone)
         blocked = form if isinstance(form, Blocked) else self._unwritable(node, form, cone)
         if blocked is not None:
             self.blocked[(blocked.node, blocked.user)] = blocked.why
@@ -252,8 +252,8 @@ class Search:
 
     def _viewed(self, node: fx.Node, cone: list[fx.Node]) -> fx.Node:
         """What a chain of views looks at; cut there, other views of it are spared too."""
-        while self.is_view(node) and self._region.affine[node].operands[0] in cone:
-            node = self._region.affine[node].operands[0]
+        while self.is_view(node) and self.region.affine[node].operands[0] in cone:
+            node = self.region.affine[node].operands[0]
         return node
 
     def _no_dearer_than_one(self, cost: Cost, cone: list[fx.Node], form: Form) -> bool:
@@ -273,14 +273,14 @@ class Search:
     def _channels(self, node: fx.Node) -> int:
         tensor = info(node)
         assert tensor is not None
-        return tensor.shape[self._region.affine[node].axis]
+        return tensor.shape[self.region.affine[node].axis]
 
     def _cut(self, node: fx.Node, real: set[fx.Node] | frozenset[fx.Node], cuts: set[fx.Node], depth: int) -> Solution:
         """The cone of `node` with `cuts` real: what is above them, and each of them in turn."""
         inner = frozenset(real) | cuts
         cost, found = Cost(), frozenset[fx.Node]()
         parts: list[tuple[fx.Node, Solution]] = []
-        for part in [*sorted(cuts, key=self._region.order.__getitem__), node]:
+        for part in [*sorted(cuts, key=self.region.order.__getitem__), node]:
             solution = self._solve(part, inner, depth)
             cost += solution.cost
             found |= solution.real
@@ -295,7 +295,7 @@ class Search:
             why = None if all(map(self._only_scales_as_placed, form.terms)) else _NO_WEIGHTS
         if why is None:
             return None
-        operands = self._region.affine[node].operands
+        operands = self.region.affine[node].operands
         return Blocked(next(other for other in reversed(cone[:-1]) if other in operands), node, why)
 
     def _only_scales_as_placed(self, term: Term) -> bool:
@@ -303,46 +303,46 @@ class Search:
         return isinstance(found, Placement) and found.term.map.geometry.is_diagonal
 
     def _has_weights(self, node: fx.Node) -> bool:
-        maps = self._region.affine[node].maps
+        maps = self.region.affine[node].maps
         return any(map_.has_weights and not map_.geometry.is_diagonal for map_ in maps)
 
     def _scales_channels(self, node: fx.Node) -> bool:
         """Whether it has a weight for each channel, which fixes their number."""
-        affine = self._region.affine[node]
+        affine = self.region.affine[node]
         varies = isinstance(affine.lift, Lifted) and affine.lift.axis is not None
         return varies and any(map_.has_weights for map_ in affine.maps)
 
     def _may_become_a_layer(self, cone: list[fx.Node]) -> bool:
         """Whether there is a layer among the nodes, or a sum of operations with a weight for each channel."""
-        sums = any(len(self._region.affine[node].operands) > 1 for node in cone)
+        sums = any(len(self.region.affine[node].operands) > 1 for node in cone)
         return any(map(self._has_weights, cone)) or (sums and any(map(self._scales_channels, cone)))
 
     def _operands_of_first_sum(self, node: fx.Node, cone: list[fx.Node]) -> set[fx.Node]:
         """The operands inside the cone of the sum that `node` is, or is a chain of single operations over."""
         inside = set(cone)
-        while len(self._region.affine[node].operands) == 1:
-            (node,) = self._region.affine[node].operands
+        while len(self.region.affine[node].operands) == 1:
+            (node,) = self.region.affine[node].operands
             if node not in inside:
                 return set()
-        return {operand for operand in self._region.affine[node].operands if operand in inside}
+        return {operand for operand in self.region.affine[node].operands if operand in inside}
 
     def _places_to_cut(self, node: fx.Node, cone: list[fx.Node]) -> list[fx.Node]:
         """Where a chain may be cut: in front of operations that mix channels or positions, largest tensors last."""
         places: list[fx.Node] = []
         for other in cone[:-1]:
-            users = [user for user in self._region.readers(other) if user in self._region]
-            joins = isinstance(self._region.affine[other].lift, Concatenated)
-            mixed = any(not _only_scales(self._region.affine[user].maps) for user in users)
+            users = [user for user in self.region.readers(other) if user in self.region]
+            joins = isinstance(self.region.affine[other].lift, Concatenated)
+            mixed = any(not _only_scales(self.region.affine[user].maps) for user in users)
             if mixed or joins or len(users) > 1:
                 places += [other, *self._before_scales(other, cone)]
         sizes = {place: tensor.numel if (tensor := info(place)) else 0 for place in places}
-        return sorted(sizes, key=lambda place: (sizes[place], self._region.order[place]))[:_MOST_CUTS]
+        return sorted(sizes, key=lambda place: (sizes[place], self.region.order[place]))[:_MOST_CUTS]
 
     def _before_scales(self, node: fx.Node, cone: list[fx.Node]) -> list[fx.Node]:
         """What scales that end in `node` read, if it is a sum: cut there, they go into one layer, not each term."""
         start, inside = node, set(cone)
-        while self._scales_channels(node) and _only_scales(self._region.affine[node].maps):
-            node = self._region.affine[node].operands[0]
+        while self._scales_channels(node) and _only_scales(self.region.affine[node].maps):
+            node = self.region.affine[node].operands[0]
             if node not in inside:
                 return []
         return [node] if node is not start and self._operands_of_first_sum(node, cone) else []

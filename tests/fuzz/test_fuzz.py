@@ -30,6 +30,13 @@ def test_two_hundred_random_models_are_exact() -> None:
     assert outcomes["exact"] >= 0.9 * COUNT, outcomes
 
 
+def test_random_models_are_exact_at_fixed_sizes() -> None:
+    outcomes, failing = campaign(40, seed=5_000_000, fuse=fuzz_graphs.engine_at_fixed_sizes)
+    shown = [minimise(program, fuzz_graphs.engine_at_fixed_sizes) for program in failing]
+    assert not failing, "\n".join(program.reproduction() for program in shown)
+    assert outcomes["exact"] >= 36, outcomes
+
+
 @pytest.mark.filterwarnings("ignore:dropout2d")
 def test_the_models_are_worth_fusing() -> None:
     """The fuzzer says little if its models hold nothing to fold: layers go in many of them, and some stay."""

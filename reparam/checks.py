@@ -1,4 +1,4 @@
-"""Checks that stand in a captured graph where the example decided what was traced; they stop it on other inputs."""
+"""Checks that stand in a graph where the example decided what was made of it; they stop it on other inputs."""
 
 from __future__ import annotations
 
@@ -70,6 +70,19 @@ def require_rank(actual: torch.Tensor, expected: int) -> None:
     if actual.dim() != expected:
         raise OtherInputError(
             f"this model was captured for a tensor of {expected} dims and cannot take shape {list(actual.shape)} there"
+        )
+
+
+def require_sizes(actual: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Stands in a graph that was fused for one image size: `expected` are all sizes of a tensor but the batch.
+
+    Raises:
+        OtherInputError: the tensor has other sizes.
+    """
+    if tuple(actual.shape[1:]) != tuple(expected):
+        raise OtherInputError(
+            f"this model was fused with fixed sizes, {list(expected)} there, and cannot take {list(actual.shape[1:])}; "
+            "fuse it with an example of that size, or without fixed sizes"
         )
 
 

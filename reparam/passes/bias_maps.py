@@ -1,0 +1,213 @@
+"""A shift that meets zero padding, as one constant per position: what no layer can hold, a fixed image size can.
+
+    A(x) + c  read with zeros around it:   B(A(x) + c) = (BA)(x) + B(c),   B(c) = a map of shape [1, channels, *sizes]
+
+`B(c)` differs at the border from the interior, so it is no bias of a layer; but the linear parts merge. Everything
+affine in front of a tensor is taken without its shifts, and the shifts come back as one added constant, which is the
+value that the region has for zeros. It fixes the image size, so it is asked for, and checked in the fused model; and it
+is done only where layers become fewer for it and the cost model says that it is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import fx, nn
+
+from reparam.checks import require_sizes
+from reparam.graph.constants import Constants
+from reparam.graph.emit import Constant, insert_constant
+from reparam.graph.lift import Carried, Concatenated, LiftTable, Sliced
+from reparam.graph.lifted import LiftedGraph
+from reparam.graph.nodes import described, info, place
+from reparam.graph.normal import eliminate_dead_code
+from reparam.graph.sizes import read_elsewhere, spell_out
+from reparam.graph.table import TABLE
+from reparam.passes.base import Cost, Refusal, Rewrite
+from reparam.passes.cost import CostModel
+from reparam.passes.naming import Names
+from reparam.passes.plan import Plan, Written, planned, write
+from reparam.passes.region import Blocked, Region
+from reparam.passes.search import Search, merging_pays
+
+
+@dataclass(frozen=True)
+class _Unshifted:
+    """The layers of a region without its shifts, in order, and what they and the map cost."""
+
+    plans: list[Plan]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class BiasMaps:
+    """The pass. `most` is how many bytes one map may have."""
+
+    table: LiftTable = TABLE
+    cost: CostModel = field(default_factory=CostModel)
+    most: int = 4 << 20
+    name = "bias maps"
+
+    def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
+        """Rewrites the graph in place."""
+        with _nothing_stays(graph):
+            return self._run(graph, root), []
+
+    def _run(self, graph: fx.Graph, root: nn.Module) -> list[Rewrite]:
+        spell_out(graph)
+        lifted = LiftedGraph(graph, root, self.table, Constants(graph, root))
+        read_elsewhere(graph, lifted.sizes, lifted.is_affine)
+        region = Region(graph, root, lifted, merging_pays(self.cost))
+        search = Search(region, root, self.cost)
+        unshifted = Region(graph, root, lifted, merging_pays(self.cost), shifts=False)
+        without = Search(unshifted, root, self.cost)
+        rewrites = []
+        replaced: dict[fx.Node, fx.Node] = {}
+        for end in sorted(search.ends, key=region.order.__getitem__):
+            cone = region.cone(end, set(search.ends))
+            found = self._better(end, cone, region, search, without)
+            if found is not None:
+                rewrites.append(self._rewrite(found, end, cone, search, root))
+                _check_sizes(cone, region, replaced, graph)
+                _write(end, cone, found.plans, _value_for_zeros(end, cone, region), replaced, graph, root)
+        eliminate_dead_code(graph)
+        return rewrites
+
+    def _better(
+        self, end: fx.Node, cone: list[fx.Node], region: Region, search: Search, without: Search
+    ) -> _Unshifted | None:
+        """A region without its shifts, if that is cheaper with the map added."""
+        ends = set(search.ends)
+        tensor = info(end)
+        assert tensor is not None
+        size = tensor.dtype.itemsize * prod(tensor.shape[1:])
+        if len(cone) == 1 or len(tensor.shape) < 3 or size > self.most or not _on_images(cone, end, region):
+            return None
+        before, linear = search.solved(end).cost, without.solved(end, ends)
+        moved = tensor.dtype.itemsize * 2 * tensor.numel + size
+        after = linear.cost + self.cost.priced(0, moved, 1)
+        model = self.cost
+        if not (model.key(after) < model.key(before) and model.is_lean(after, before)):
+            return None
+        if not model.no_slower(after, before):
+            return None
+        plans = _plans(linear.real, ends, without, self.cost)
+        return None if plans is None else _Unshifted(plans, after)
+
+    def _rewrite(
+        self, found: _Unshifted, end: fx.Node, cone: list[fx.Node], search: Search, root: nn.Module
+    ) -> Rewrite:
+        return Rewrite(
+            self.name,
+            place(end),
+            tuple(described(node, root) for node in cone),
+            " + ".join([*(part.description for plan in found.plans for part in plan.parts), "a constant map"]),
+            "B(A(x) + c) = (BA)(x) + B(c), B(c) for this image size",
+            search.solved(end).cost,
+            found.cost,
+        )
+
+
+@contextmanager
+def _nothing_stays(graph: fx.Graph) -> Iterator[None]:
+    """Within it, shifts that the moves left in front of a padding are affine like any other."""
+    held = {node: node.meta.pop("stays") for node in graph.nodes if "stays" in node.meta}
+    yield
+    for node, why in held.items():
+        node.meta["stays"] = why
+
+
+def _on_images(cone: list[fx.Node], end: fx.Node, region: Region) -> bool:
+    """Whether all of a region has its channels in axis 1, where a batch stands in front, and nobody else reads it."""
+    inside = set(cone)
+    for node in cone:
+        affine = region.affine[node]
+        if isinstance(affine.lift, Carried) or (affine.axis, affine.operand_axis) != (1, 1):
+            return False
+        if node is not end and any(user not in inside for user in region.readers(node)):
+            return False
+    return True
+
+
+def _plans(real: frozenset[fx.Node], ends: set[fx.Node], without: Search, model: CostModel) -> list[Plan] | None:
+    region, plans = without.region, []
+    for node in sorted(real, key=region.order.__getitem__):
+        form = region.form(region.cone(node, ends | real))
+        plan = form if isinstance(form, Blocked) else planned(form, node, model)
+        if not isinstance(plan, Plan):
+            return None
+        plans.append(plan)
+    return plans
+
+
+def _value_for_zeros(end: fx.Node, cone: list[fx.Node], region: Region) -> torch.Tensor:
+    """What a region makes of zeros, `[1, channels, *sizes]` in float64: its shifts, and what became of them."""
+    values: dict[fx.Node, torch.Tensor] = {}
+    for node in cone:
+        affine = region.affine[node]
+        parts = []
+        for operand in affine.operands:
+            tensor = info(operand)
+            assert tensor is not None
+            zeros = torch.zeros(1, *tensor.shape[1:], dtype=torch.float64, device=tensor.device)
+            parts.append(values.get(operand, zeros))
+        if isinstance(affine.lift, Concatenated):
+            values[node] = torch.cat(parts, 1)
+        elif isinstance(affine.lift, Sliced):
+            start, stop = affine.lift.window
+            values[node] = parts[0][:, start:stop]
+        else:
+            made = [map_.apply(part) for map_, part in zip(affine.maps, parts, strict=True)]
+            values[node] = torch.stack(made).sum(0)
+    return values[end]
+
+
+def _check_sizes(cone: list[fx.Node], region: Region, replaced: dict[fx.Node, fx.Node], graph: fx.Graph) -> None:
+    """Makes the model stop where what the region reads has other sizes than in the example."""
+    read = dict.fromkeys(operand for node in cone for operand in region.affine[node].operands)
+    for source in (replaced.get(node, node) for node in read if node not in cone):
+        tensor = info(source)
+        known = source.op == "get_attr" or any(user.target is require_sizes for user in source.users)
+        if tensor is None or known:
+            continue
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        with graph.inserting_before(first if source.op == "placeholder" else source.next):
+            check = graph.call_function(require_sizes, (source, tensor.shape[1:]))
+        check.meta.update({key: source.meta.get(key) for key in ("module_path", "source")})
+        check.meta["pinned"] = "it checks the inputs"
+
+
+def _write(
+    end: fx.Node,
+    cone: list[fx.Node],
+    plans: list[Plan],
+    exact: torch.Tensor,
+    replaced: dict[fx.Node, fx.Node],
+    graph: fx.Graph,
+    root: nn.Module,
+) -> None:
+    """Writes the layers without shifts and adds the map to what `end` is now.
+
+    Args:
+        replaced: what stands for nodes that were written before; extended.
+    """
+    tensor = info(end)
+    assert tensor is not None
+    names = Names(graph, set(cone))
+    written: Written = {}
+    for plan in plans:
+        own = names.for_cone(cone, root, len(plan.layers))
+        replaced[plan.node] = write(plan, graph, root, replaced, own, written)
+    value = exact.to(tensor.dtype).to(tensor.device).contiguous()
+    with graph.inserting_before(end):
+        constant = insert_constant(graph, root, f"constants.{end.name}", value, lambda: Constant(exact))
+        total = graph.call_function(torch.add, (replaced[end], constant))
+    for node in (constant, total):
+        node.meta.update({key: end.meta.get(key) for key in ("module_path", "source")})
+    total.meta["tensor"] = tensor
+    replaced[end] = total
+    end.replace_all_uses_with(total)

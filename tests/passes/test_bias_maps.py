@@ -1,0 +1,169 @@
+"""Shifts in front of zero padding, as constants for a fixed image size."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import reparam
+from reparam.errors import InputError, OtherInputError
+from tests.support import EXACT, assert_unchanged, relative_error, run, snapshot, static_counts
+from tests.zoo.case import bn, conv, randomise
+from tests.zoo.heads import bias_map
+from tests.zoo.trap import Lambda
+
+ROOM = {1: (15,), 2: (11, 14), 3: (5, 6, 7)}
+
+
+def pair(rank: int, **options: int) -> nn.Module:
+    """`3x3(1x1(x) + b)`, padded with zeros: one layer, but for the shift at the border."""
+    return nn.Sequential(conv(rank, 4, 8, 1, bias=True), conv(rank, 8, 6, 3, bias=True, **options))
+
+
+def branches(rank: int) -> nn.Module:
+    """`relu(3x3(1x1(x) + b) + 3x3(BN(x)) + x)`."""
+    layers = {
+        "a": conv(rank, 4, 8, 1, bias=True),
+        "b": conv(rank, 8, 4, 3, bias=True),
+        "c": conv(rank, 4, 4, 3),
+    }
+    return Lambda(lambda m, x: F.relu(m.b(m.a(x)) + m.c(m.norm(x)) + x), **layers, norm=bn(rank, 4))
+
+
+def concatenated() -> nn.Module:
+    """Two 1x1 layers side by side, in front of a grouped 3x3."""
+    layers = {
+        "a": conv(2, 4, 4, 1, bias=True),
+        "b": conv(2, 4, 4, 1, bias=True),
+        "c": conv(2, 8, 4, 3, bias=True, groups=2),
+    }
+    return Lambda(lambda m, x: F.relu(m.c(torch.cat([m.a(x), m.b(x)], 1))), **layers)
+
+
+def twice() -> nn.Module:
+    """Two regions, the second of which reads the first."""
+    return nn.Sequential(pair(2), nn.ReLU(), conv(2, 6, 9, 1, bias=True), conv(2, 9, 6, 3, bias=True))
+
+
+CASES = {
+    **{f"pair{rank}d": (lambda rank=rank: pair(rank), rank, {"conv": 1, "linear": 0}) for rank in ROOM},
+    "stride": (lambda: pair(2, stride=2), 2, {"conv": 1, "linear": 0}),
+    "dilation": (lambda: pair(2, dilation=2), 2, {"conv": 1, "linear": 0}),
+    **{f"branches{rank}d": (lambda rank=rank: branches(rank), rank, {"conv": 1, "bn": 0}) for rank in ROOM},
+    "concatenated": (concatenated, 2, {"conv": 1}),
+    "twice": (twice, 2, {"conv": 2}),
+}
+
+
+def made(build: object, rank: int, batch: int = 2) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(3)
+    model = randomise(build()).double().eval()  # type: ignore[operator]
+    return model, torch.randn(batch, 4, *ROOM[rank], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_merge_across_the_shift(name: str) -> None:
+    build, rank, expected = CASES[name]
+    model, x = made(build, rank)
+    before = snapshot(model)
+    result = reparam.fuse(model, x, fixed_sizes=True)
+    counts = static_counts(result.module)
+    assert {kind: counts[kind] for kind in expected} == expected
+    assert relative_error(run(result.module, x), run(model, x)) < EXACT
+    more = torch.randn(3, *x.shape[1:], dtype=torch.float64)
+    assert relative_error(run(result.module, more), run(model, more)) < EXACT
+    assert any(rewrite.pass_name == "bias maps" for rewrite in result.report.rewrites)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("name", ["pair2d", "branches2d", "concatenated"])
+def test_without_fixed_sizes_every_size_runs(name: str) -> None:
+    build, rank, expected = CASES[name]
+    model, x = made(build, rank)
+    result = reparam.fuse(model, x)
+    assert static_counts(result.module)["conv"] > expected["conv"]
+    wider = F.pad(x, (0, 3))
+    assert relative_error(run(result.module, wider), run(model, wider)) < EXACT
+
+
+@pytest.mark.parametrize("size", [(12, 14), (1, 1), (14, 11)])
+def test_another_size_is_an_error(size: tuple[int, int]) -> None:
+    model, x = made(lambda: pair(2), 2)
+    fused = reparam.fuse(model, x, fixed_sizes=True).module
+    with pytest.raises(OtherInputError, match=r"fixed sizes, \[4, 11, 14\] there, and cannot take"):
+        fused(torch.randn(2, 4, *size, dtype=torch.float64))
+
+
+def test_zoo_block_on_the_size_its_head_fixes() -> None:
+    model, x = made(bias_map, 2)
+    x = torch.randn(2, 4, 8, 9, dtype=torch.float64)
+    usual, fixed = reparam.fuse(model, x), reparam.fuse(model, x, fixed_sizes=True)
+    assert static_counts(usual.module)["conv"] == 2
+    assert static_counts(fixed.module)["conv"] == 1
+    assert relative_error(run(fixed.module, x), run(model, x)) < EXACT
+
+
+def test_nothing_is_done_where_it_does_not_pay() -> None:
+    """A BatchNorm in front of one padded layer: the map would cost what its shift costs."""
+    model, x = made(lambda: nn.Sequential(nn.BatchNorm2d(4), conv(2, 4, 6, 3), nn.ReLU()), 2)
+    usual, fixed = reparam.fuse(model, x), reparam.fuse(model, x, fixed_sizes=True)
+    assert static_counts(usual.module) == static_counts(fixed.module)
+    assert relative_error(run(fixed.module, x), run(model, x)) < EXACT
+
+
+def test_no_shift_no_map() -> None:
+    layers = nn.Sequential(conv(2, 4, 8, 1), conv(2, 8, 6, 3), nn.ReLU())
+    model, x = made(lambda: layers, 2)
+    fixed = reparam.fuse(model, x, fixed_sizes=True)
+    assert static_counts(fixed.module)["conv"] == 1
+    assert not any(rewrite.pass_name == "bias maps" for rewrite in fixed.report.rewrites)
+
+
+def test_a_tensor_that_others_read_keeps_its_shift() -> None:
+    layers = {"a": conv(2, 4, 8, 1, bias=True), "b": conv(2, 8, 6, 3, bias=True)}
+
+    def forward(m: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = m.a(x)  # type: ignore[operator]
+        return m.b(wide), torch.sigmoid(wide)  # type: ignore[operator]
+
+    model, x = made(lambda: Lambda(forward, **layers), 2)
+    fixed = reparam.fuse(model, x, fixed_sizes=True).module
+    for ours, theirs in zip(fixed(x), model(x), strict=True):
+        assert relative_error(ours, theirs) < EXACT
+
+
+def test_the_fused_model_can_be_saved_and_fused_again() -> None:
+    model, x = made(lambda: pair(2), 2)
+    fused = reparam.fuse(model, x, fixed_sizes=True).module
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert relative_error(run(loaded, x), run(model, x)) < EXACT
+    with pytest.raises(OtherInputError):
+        loaded(x[..., :-1])
+    again = reparam.fuse(fused, x, fixed_sizes=True)
+    assert static_counts(again.module) == static_counts(fused)
+    assert relative_error(run(again.module, x), run(model, x)) < EXACT
+    with pytest.raises(OtherInputError):
+        again.module(x[..., :-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_the_models_dtype(dtype: torch.dtype) -> None:
+    model, x = made(lambda: pair(2), 2)
+    model, x = model.to(dtype), x.to(dtype)
+    fixed = reparam.fuse(model, x, fixed_sizes=True)
+    assert fixed.report.comparison is not None
+    assert fixed.report.comparison.passed
+    assert all(tensor.dtype == dtype for tensor in fixed.module.state_dict().values())
+
+
+def test_with_passes_of_ones_own() -> None:
+    model, x = made(lambda: pair(2), 2)
+    with pytest.raises(InputError, match="fixed_sizes goes with the usual passes"):
+        reparam.fuse(model, x, fixed_sizes=True, passes=[])
