@@ -301,7 +301,7 @@ SENTENCES = [
         "latency",
         ("0", "Conv2d"),
         "its shift cannot cross the zero padding",
-        "move the padding in front of it, or pad with its shift",
+        "move the padding in front of it, pad with its shift, or fuse for one image size (fixed sizes)",
     ),
     (
         "BatchNorm between nonlinearities",
