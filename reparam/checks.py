@@ -17,7 +17,7 @@ def require_value(actual: Any, expected: Any, name: str) -> None:
     Raises:
         OtherInputError: the argument is given another value than the one the graph was captured for.
     """
-    if actual is not expected and actual != expected:
+    if actual is not expected and (type(actual) is not type(expected) or actual != expected):
         given = "a tensor" if isinstance(actual, torch.Tensor) else repr(actual)
         raise OtherInputError(f"this model was captured for {name}={expected!r} and cannot run with {name}={given}")
 
@@ -43,8 +43,8 @@ def require_decision(actual: Any, expected: bool, where: str | None) -> None:
     """
     if bool(actual) != expected:
         raise OtherInputError(
-            f"this model was captured for sizes that make a condition {expected}{_at(where)}, and those of this input "
-            "do not; capture it with an example of that size"
+            f"this model was captured for sizes or dtypes that make a condition {expected}{_at(where)}, and those of "
+            "this input do not; capture it with such an example"
         )
 
 
@@ -58,6 +58,28 @@ def require_number(actual: Any, expected: float, where: str | None) -> None:
         raise OtherInputError(
             f"this model was captured for sizes that make a number {expected}{_at(where)}, and those of this input "
             f"make it {actual}; capture it with an example of that size"
+        )
+
+
+def require_tensor(actual: Any, rank: int | None, name: str) -> None:
+    """Stands at the head of a captured graph for every tensor that is an argument, or in one.
+
+    Args:
+        actual: the argument.
+        rank: its number of dims in the example; None where all that the model does with it goes with any.
+        name: what it is called.
+
+    Raises:
+        OtherInputError: it is no tensor (as an optional argument that is left out), or has another rank.
+    """
+    if not isinstance(actual, torch.Tensor):
+        raise OtherInputError(
+            f"this model was captured for a tensor as {name} and cannot run with {name}={actual!r}; capture it with "
+            "such an example"
+        )
+    if rank is not None and actual.dim() != rank:
+        raise OtherInputError(
+            f"this model was captured for a tensor of {rank} dims as {name} and cannot take shape {list(actual.shape)}"
         )
 
 
@@ -94,6 +116,13 @@ def require_keys(actual: Mapping[Any, Any], expected: tuple[Any, ...]) -> None:
     """
     if tuple(actual) != tuple(expected):
         raise OtherInputError(f"this model was captured for the keys {list(expected)} and cannot take {list(actual)}")
+
+
+CHECKS = (
+    *(require_decision, require_keys, require_length, require_number, require_rank, require_sizes),
+    *(require_tensor, require_value),
+)
+"""All functions of this module that stand in graphs; none has a result."""
 
 
 def _at(where: str | None) -> str:

@@ -7,6 +7,7 @@ in turn, and only attributes that are neither plain values nor torch's own dicti
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from typing import Any
 
@@ -39,7 +40,9 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         made: nn.Module = memo[id(module)]
         return made
     if not _is_usual(type(module)):
-        return copy.deepcopy(module, memo)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec")  # torch's own graph modules, copied
+            return copy.deepcopy(module, memo)
     twin = type(module).__new__(type(module))
     memo[id(module)] = twin
     state = twin.__dict__

@@ -8,11 +8,14 @@ activations stays symbolic, and stops the trace where Python needs it.
 
 from __future__ import annotations
 
+import dis
 import operator
 import os
 import sys
 from collections.abc import Callable
-from types import FrameType
+from functools import lru_cache
+from itertools import pairwise
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -23,8 +26,12 @@ from reparam.checks import require_value
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_FACTS = ("ndim", "dtype", "device")
-_RANK_CALLS = ("dim", "ndimension", "is_floating_point", "is_complex")
+# What is the same for every input of a kind; of some the value is asked for, of others it is computed with.
+_FACTS = ("dtype", "device", "layout")
+_ANSWERS = ("is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta", "requires_grad", "itemsize")
+READS = ("shape", *_FACTS, *_ANSWERS)
+"""What a tensor is, in attributes: nothing of it depends on values."""
+_RANK_CALLS = ("dim", "ndimension")
 # What a proxy may be assigned.
 _OWN = (
     "node",
@@ -79,7 +86,7 @@ class ValueProxy(fx.Proxy):
                 item = value[key]
             except (IndexError, KeyError) as error:
                 if is_argument(self):
-                    raise fx.proxy.TraceError(f"the example has no {key!r} in an argument") from error
+                    self.tracer.check_members(self)
                 raise
             if item is None and not is_argument(self):
                 return None
@@ -112,6 +119,15 @@ class ValueProxy(fx.Proxy):
         elif not self.reparam_constant and isinstance(value, (tuple, list, dict, torch.Tensor)):
             self.tracer.check_length(self)
         return len(value)
+
+    def __hash__(self) -> int:
+        return _hash(self)
+
+    def __str__(self) -> str:
+        return _text(self)
+
+    def __format__(self, specification: str) -> str:
+        return format(_number_or_text(self), specification)
 
     def __int__(self) -> int:
         return int(self.tracer.number(self))
@@ -156,7 +172,7 @@ class ValueAttribute(fx.proxy.Attribute):
 
     @property
     def reparam_of_sizes(self) -> bool:
-        return self.attr == "shape" and _is_tensor(self.root)
+        return self.is_fact() or (self.attr in READS and _is_tensor(self.root))
 
     def __getattr__(self, k: str) -> Any:
         return _attribute_of(self, k)
@@ -167,8 +183,7 @@ class ValueAttribute(fx.proxy.Attribute):
         if self.attr == "size" and self.reparam_constant and _is_tensor(self.root):
             return self.root.reparam_value.size(*args, **kwargs)
         if self.attr in _RANK_CALLS and not args and not kwargs and _is_tensor(self.root):
-            if self.attr in ("dim", "ndimension"):
-                self.tracer.check_rank(self.root)
+            self.tracer.check_rank(self.root)
             return getattr(self.root.reparam_value, self.attr)()
         if self.attr in _OF_DICT and type(self._root_value()) is dict and is_argument(self.root):
             return self._of_dict(*args, **kwargs)
@@ -192,21 +207,38 @@ class ValueAttribute(fx.proxy.Attribute):
         return int(super().__len__())
 
     def is_fact(self) -> bool:
-        """Whether it is what no input changes: `x.dtype`, `x.device.type`."""
+        """Whether it is what every input of a kind has in common: `x.dtype`, `x.device.type`."""
         root: Any = self.root
         return (self.attr in _FACTS and _is_tensor(root)) or (issubclass(type(root), ValueAttribute) and root.is_fact())
 
-    def __eq__(self, other: object) -> Any:
-        if self.is_fact():
-            return self.reparam_value == getattr(other, "reparam_value", other)
-        return super().__eq__(other)
+    __eq__ = fx.proxy.Attribute.__eq__
 
-    def __ne__(self, other: object) -> Any:
-        if self.is_fact():
-            return self.reparam_value != getattr(other, "reparam_value", other)
-        return super().__ne__(other)
+    def __hash__(self) -> int:
+        return _hash(self)
 
-    __hash__ = fx.proxy.Attribute.__hash__
+    def __str__(self) -> str:
+        return _text(self)
+
+    def __format__(self, specification: str) -> str:
+        return format(_number_or_text(self), specification)
+
+
+def _is_number(proxy: Any) -> bool:
+    """Whether it may become a Python value: it depends on no activation, and is none."""
+    return bool(proxy.reparam_of_sizes or proxy.reparam_constant) and not _is_tensor(proxy)
+
+
+def _hash(proxy: Any) -> int:
+    """That of the value where it stands for a key: in a dict of what goes with which size."""
+    return hash(proxy.tracer.number(proxy)) if _is_number(proxy) else id(proxy)
+
+
+def _number_or_text(proxy: Any) -> Any:
+    return proxy.tracer.number(proxy) if _is_number(proxy) else repr(proxy)
+
+
+def _text(proxy: Any) -> str:
+    return str(_number_or_text(proxy))
 
 
 def is_argument(proxy: Any) -> bool:
@@ -236,9 +268,25 @@ def _attribute_of(proxy: Any, name: str) -> Any:
     found = getattr(value, name)
     if name == "shape" and proxy.reparam_constant:
         return found  # no input changes the shape of a parameter
-    if issubclass(type(proxy), ValueAttribute) and proxy.is_fact():
-        return found
-    return None if found is None else ValueAttribute(proxy, name)
+    if found is None:
+        return None
+    attribute = ValueAttribute(proxy, name)
+    if name in _FACTS and isinstance(value, torch.Tensor):
+        if proxy.reparam_constant:
+            return found
+        if _asks_for_identity(sys._getframe(2).f_code):
+            return proxy.tracer.number(attribute)
+    return attribute
+
+
+@lru_cache(maxsize=None)
+def _asks_for_identity(code: CodeType) -> bool:
+    """Whether a function has an `is` other than `is None`: `x.dtype is torch.half` cannot be told from outside."""
+    instructions = list(dis.get_instructions(code))
+    return any(
+        after.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None)
+        for before, after in pairwise(instructions)
+    )
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:

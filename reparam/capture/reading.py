@@ -7,18 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from reparam import checks
 from reparam.capture.calls import functions_of_numbers, traced_calls
-
-_CHECKS = (
-    checks.require_decision,
-    checks.require_keys,
-    checks.require_length,
-    checks.require_number,
-    checks.require_rank,
-    checks.require_sizes,
-    checks.require_value,
-)
+from reparam.checks import CHECKS
 
 
 class _Proxy(fx.Proxy):
@@ -35,7 +25,7 @@ class ReadingTracer(fx.Tracer):
     """Traces code that was generated from a captured graph: straight lines, in which checks are calls."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=(*_CHECKS, *functions_of_numbers()))
+        super().__init__(autowrap_functions=(*CHECKS, *functions_of_numbers()))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A proxy for a node."""

@@ -26,7 +26,7 @@ from reparam.capture.captured import Captured, Leaves
 from reparam.capture.copying import copied
 from reparam.capture.exported import export
 from reparam.capture.proxies import UnfitError
-from reparam.capture.state import Memory, answers_alike
+from reparam.capture.state import Memory, alike, answer, answers_alike
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
 from reparam.checks import Guards, require_value
 from reparam.errors import CaptureError, InputError, UnfitModelError
@@ -99,6 +99,12 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
     except Exception as error:
         raise _capture_error(model, error) from error
     _restore_buffers(traced, model)
+    if not _answers_as(model, inputs, traced):
+        # What it asks the values of activations for it was told of stand-ins; now every layer runs.
+        traced = _traced_or_explained(model, inputs, leaves)
+        _restore_buffers(traced, model)
+        if not _answers_as(model, inputs, traced):
+            raise CaptureError(f"{type(model).__name__} cannot be traced: its graph answers the example otherwise")
     notes: tuple[str, ...] = (
         ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
     )
@@ -205,6 +211,22 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
             "written to in place"
         )
     return (f"the forward changes {names} on the model; the fused model leaves it as it was",)
+
+
+def _answers_as(model: nn.Module, inputs: Inputs, traced: _Traced) -> bool:
+    """Whether the graph answers the example as the model does: what Python asked of a tensor may have escaped."""
+    twin = private_copy(model)
+    try:
+        expected = answer(twin, inputs)
+    except Exception:
+        return True  # the trace that computes explains it
+    try:
+        found = answer(fx.GraphModule(traced.root, traced.graph), inputs)
+    except Exception:
+        return False
+    finally:
+        _restore_buffers(traced, model)
+    return alike(expected, found)
 
 
 def _traced_or_explained(model: nn.Module, inputs: Inputs, leaves: Leaves) -> _Traced:

@@ -16,6 +16,7 @@ import builtins
 import operator
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, TypeAlias
@@ -26,10 +27,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from reparam.capture.arguments import check_arguments
 from reparam.capture.calls import functions_of_numbers, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
 from reparam.capture.exported import Origins
-from reparam.capture.proxies import UnfitError, ValueProxy, is_argument, is_from_argument, user_line
+from reparam.capture.proxies import READS, UnfitError, ValueProxy, is_argument, is_from_argument, user_line
 from reparam.capture.reading import ReadingTracer
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
@@ -45,7 +47,7 @@ from reparam.checks import (
 
 View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"
 
-_SIZE_READS = ("size", "numel", "nelement", "dim", "ndimension")
+_SIZE_READS = ("size", "numel", "nelement", "dim", "ndimension", "is_floating_point", "is_complex")
 # The same view as what they are given, whatever its size, strides or dtype.
 _SAME_VIEW = (
     "dropout",
@@ -140,6 +142,7 @@ class ValueTracer(fx.Tracer):
             torch.set_rng_state(start)
         if drawn:
             raise UnfitError("the forward draws a random number, which the graph would repeat")
+        check_arguments(graph, root)
         graph._tracer_cls = ReadingTracer  # for whoever unpickles a module with this graph
         for node in graph.nodes:
             if isinstance(node.type, str):
@@ -217,7 +220,11 @@ class ValueTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         # Before any test by type: a proxy passes for an instance of its value's class.
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if type(a) is OrderedDict:  # fx would make a dict of it
+            return self.create_node("call_function", OrderedDict, ([self.create_arg(pair) for pair in a.items()],), {})
+        return super().create_arg(a)
 
     def is_written(self, name: str) -> bool:
         """Whether a node writes to the storage of this parameter or buffer."""
@@ -330,6 +337,13 @@ class ValueTracer(fx.Tracer):
         elif not obj.reparam_constant:
             return super().iter(obj)
         return builtins.iter([obj[index] for index in range(len(value))])
+
+    def check_members(self, obj: Any) -> None:
+        """Adds a check that an argument that is a container has the keys, or as many elements, as in the example."""
+        if isinstance(obj.reparam_value, dict):
+            self.keys(obj)
+        else:
+            self.check_length(obj)
 
     def keys(self, obj: Any) -> Any:
         if is_argument(obj) and isinstance(obj.reparam_value, dict):
@@ -502,12 +516,16 @@ def _view(tensor: torch.Tensor) -> View:
 
 
 def _reads_sizes(kind: str, target: Any, args: tuple[Any, ...]) -> bool:
-    named = (target is getattr and args[1] == "shape") or (kind == "call_method" and target in _SIZE_READS)
-    return named and isinstance(args[0], torch.Tensor)
+    """Whether a node reads what a tensor is, and nothing of its values."""
+    if not args or not isinstance(args[0], torch.Tensor):
+        return False
+    if target is getattr:
+        return args[1] in READS
+    return (target if kind == "call_method" else getattr(target, "__name__", "")) in _SIZE_READS
 
 
 def _is_of_numbers(value: Any) -> bool:
-    """Whether it is a Python number, or a list of such."""
+    """Whether it is a plain value, or a list of such."""
     if isinstance(value, (tuple, list)):
         return all(map(_is_of_numbers, value))
-    return type(value) in (int, float, bool)
+    return type(value) in (int, float, bool, str, torch.dtype, torch.device, torch.layout)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from reparam.checks import CHECKS
 from reparam.graph.nodes import attribute, info, module_of, replace_by_literal, set_module
 
 _PLAIN_OPERATOR: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -297,11 +298,6 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-# What the capture puts into the graph to stop it where it does not hold.
-_CHECKS = {
-    *("require_value", "require_length", "require_keys", "require_rank", "require_sizes"),
-    *("require_decision", "require_number"),
-}
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -309,6 +305,6 @@ def _has_effect(node: fx.Node) -> bool:
         return True
     if node.meta.get("pinned") and node.op != "get_attr":
         return True
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in _CHECKS:
+    if node.op == "call_function" and node.target in CHECKS:
         return True
     return node.op == "call_function" and bool(node.is_impure())
