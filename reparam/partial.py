@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from reparam.capture.state import answers_alike
+from reparam.capture.agreement import answers_alike
 from reparam.capture.trace import private_copy
 from reparam.errors import CaptureError, InputError, OtherInputError, ReparamError, UnfitModelError
 from reparam.graph.build import float64_twin, unshared
@@ -29,21 +29,60 @@ class NothingCapturedError(Exception):
 
 
 FuseOne = Callable[[nn.Module, Inputs], Piece]
+_PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, torch.device)
 _MOST_CALLS = 16
 _TOLERANCE = 1e-3
 """Largest error of a part, relative to its largest value, that may be rounding; the whole is verified afterwards."""
 
 
-class FusedPart(fx.GraphModule):
-    """A fused part of a model; passes for an instance of the class that it replaces, and has its plain attributes."""
+class FusedPart(nn.Module):
+    """A fused part of a model: passes for an instance of the class that it replaces, and has its plain attributes.
+
+    What is left of the layers inside is not what it was, so asking for them (`model.part.conv.weight`) is an error,
+    also where Python would only look whether they are there.
+
+    Args:
+        fused: the fused module.
+        original: what it stands for; only its class, its plain attributes and the names of all others are kept.
+    """
+
+    def __init__(self, fused: fx.GraphModule, original: nn.Module) -> None:
+        super().__init__()
+        self.fused = fused
+        state = vars(original)
+        self._stands_for = type(original)
+        self._plain = {
+            name: value for name, value in state.items() if isinstance(value, _PLAIN) and name not in vars(self)
+        }
+        inside = {name for key in ("_parameters", "_buffers", "_modules") for name in state[key]}
+        self._gone = frozenset({*inside, *state, *dir(type(original))} - {*self._plain, *dir(nn.Module), *vars(self)})
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module that it stands for."""
+        return self.fused(*args, **kwargs)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return self.__dict__.get("meta", {}).get("stands_for") or type(self)
+        return self.__dict__.get("_stands_for") or type(self)
 
     def __getattr__(self, name: str) -> Any:
-        plain = self.__dict__.get("meta", {}).get("plain", {})
-        return plain[name] if name in plain else super().__getattr__(name)
+        state = self.__dict__
+        if name in state.get("_plain", ()):
+            return state["_plain"][name]
+        if name in state.get("_gone", ()) and name not in state["_modules"]:
+            raise OtherInputError(
+                f"{state['_stands_for'].__name__}.{name} is asked for and not there: this part of the model was fused "
+                "for an example in which nothing asked for it"
+            )
+        return super().__getattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare_part, (), dict(vars(self))
+
+
+def _bare_part() -> FusedPart:
+    return FusedPart.__new__(FusedPart)
 
 
 @dataclass(frozen=True)
@@ -82,7 +121,7 @@ class Assembled:
         """A copy in float64, its parts with weights as they were before they were rounded."""
         twin = copy.deepcopy(self.module).double()
         for path, piece in self.parts.items():
-            twin.set_submodule(path, float64_twin(piece.module))
+            twin.get_submodule(path).fused = float64_twin(piece.module)
         return twin
 
 
@@ -165,7 +204,7 @@ class _Assembler:
             self.found.outside.append(Outside(path, type(child).__name__, why))
             return None
         self.found.parts[path] = piece
-        return _standing_for(piece.module, child)
+        return FusedPart(piece.module, child)
 
     def _calls(self, modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[Inputs, Any]]]:
         """The arguments and results of the modules' calls while the model runs, one call of each kind."""
@@ -264,15 +303,3 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     loose = _TOLERANCE * (100 if a.dtype in (torch.float16, torch.bfloat16) else 1)
     return bool(torch.allclose(a.double(), b.double(), rtol=0, atol=loose * float(a.double().abs().max()) + 1e-30))
-
-
-def _standing_for(module: fx.GraphModule, original: nn.Module) -> FusedPart:
-    part = FusedPart(module, module.graph, type(original).__name__)
-    plain = (bool, int, float, str, type(None), tuple, torch.dtype, torch.device)
-    part.meta["stands_for"] = type(original)
-    part.meta["plain"] = {
-        name: value
-        for name, value in vars(original).items()
-        if isinstance(value, plain) and not name.startswith("_") and name != "training"
-    }
-    return part.eval()

@@ -103,6 +103,8 @@ def fuse(
         raise InputError("explain goes with the usual passes; of your own, give the Collapse a function to call")
     if fixed_sizes and passes is not None:
         raise InputError("fixed_sizes goes with the usual passes; of your own, give the Rounds its maps")
+    if not isinstance(fixed_sizes, bool):
+        raise InputError(f"fixed_sizes={fixed_sizes!r} is neither True nor False")
     choices = Choices() if explain else None
     stages = _Stages(progress)
     usual = pipeline(prices, None if choices is None else choices.add, fixed_sizes=fixed_sizes)

@@ -1,8 +1,7 @@
 """What a forward leaves behind on its model.
 
 A graph holds what nodes write into buffers. It does not hold what Python does meanwhile: attributes that are assigned,
-lists that grow, counters that are no floating-point buffers. `Memory` finds those and undoes them on the traced copy,
-and `answers_alike` runs the model itself, to see whether the second call answers as the first.
+lists that grow, counters that are no floating-point buffers. `Memory` finds those and undoes them on the traced copy.
 """
 
 from __future__ import annotations
@@ -14,14 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
-from reparam.capture.copying import copied
-from reparam.inputs import Inputs
 
-CALLS = 3
-# In units of the machine precision of the output: a repeated run is nearly always exactly equal.
-_ALLOWED = 1024.0
 _PLAIN = (bool, int, float, str, bytes)
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
@@ -87,26 +80,6 @@ class Memory:
                     _refill(value, self._contents[name][key])
 
 
-def answers_alike(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a copy of `model`, called again on the same input, returns what it returned before."""
-    twin = copied(model).eval()
-    first = answer(twin, inputs)
-    return all(alike(first, answer(twin, inputs)) for _ in range(CALLS - 1))
-
-
-def answer(module: nn.Module, inputs: Inputs) -> Any:
-    """What the module returns, copied; the random state is the same each time and left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs.call(module))
-
-
-def alike(a: Any, b: Any) -> bool:
-    """Whether two answers of the same operations are equal, but for what a repeated run may differ in."""
-    (a_leaves, a_spec), (b_leaves, b_spec) = pytree.tree_flatten(a), pytree.tree_flatten(b)
-    return bool(a_spec == b_spec) and all(map(_alike_leaf, a_leaves, b_leaves))
-
-
 def _full(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
@@ -153,16 +126,3 @@ def _refill(container: Any, content: Any) -> None:
 def version(tensor: torch.Tensor) -> int:
     """How often the tensor was written to, as far as it counts that."""
     return -1 if is_lazy(tensor) or tensor.is_inference() else tensor._version
-
-
-def _alike_leaf(a: Any, b: Any) -> bool:
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return type(a) is type(b) and (not isinstance(a, _PLAIN) or a == b or a != a)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.is_meta:
-        return True  # shapes are all that can be compared there
-    if not a.is_floating_point() or not a.numel():
-        return torch.equal(a, b)
-    scale = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return torch.allclose(a, b, rtol=0.0, atol=_ALLOWED * torch.finfo(a.dtype).eps * scale, equal_nan=True)

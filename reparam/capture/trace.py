@@ -22,11 +22,12 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from reparam.capture.agreement import answers_alike, graph_answers_as
 from reparam.capture.captured import Captured, Leaves
 from reparam.capture.copying import copied
 from reparam.capture.exported import export
 from reparam.capture.proxies import UnfitError
-from reparam.capture.state import Memory, alike, answer, answers_alike
+from reparam.capture.state import Memory
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
 from reparam.checks import Guards, require_value
 from reparam.errors import CaptureError, InputError, UnfitModelError
@@ -56,6 +57,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not _has_forward(model):
+        raise InputError(f"{type(model).__name__} has no forward; pass the module that calls what is in it")
     if model._forward_hooks or model._forward_pre_hooks:
         raise InputError(
             f"{type(model).__name__} has forward hooks on the model itself, which the fused model would lose; "
@@ -71,6 +74,12 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
         if way == "symbolic" or isinstance(error, UnfitModelError):
             raise
         return _exported(model, inputs, leaves, error)
+
+
+def _has_forward(model: nn.Module) -> bool:
+    """Whether the module can be called: containers of modules and of parameters cannot."""
+    containers = (nn.ParameterList, nn.ParameterDict)
+    return not (type(model) in containers or type(model).forward is nn.Module.forward) or "forward" in vars(model)
 
 
 def _check_tensors(model: nn.Module, inputs: Inputs) -> None:
@@ -99,16 +108,18 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
     except Exception as error:
         raise _capture_error(model, error) from error
     _restore_buffers(traced, model)
-    if not _answers_as(model, inputs, traced):
+    about_state = _state_notes(model, inputs, traced)
+    if not graph_answers_as(model, inputs, traced.root, traced.graph):
         # What it asks the values of activations for it was told of stand-ins; now every layer runs.
         traced = _traced_or_explained(model, inputs, leaves)
         _restore_buffers(traced, model)
-        if not _answers_as(model, inputs, traced):
+        about_state = _state_notes(model, inputs, traced)
+        if not graph_answers_as(model, inputs, traced.root, traced.graph):
             raise CaptureError(f"{type(model).__name__} cannot be traced: its graph answers the example otherwise")
     notes: tuple[str, ...] = (
         ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
     )
-    notes += (*_size_notes(traced), *_state_notes(model, inputs, traced))
+    notes += (*_size_notes(traced), *about_state)
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
 
@@ -124,6 +135,8 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
             program = export(private_copy(model), inputs.clone())
         _make_guards_plain(program, inputs)
         captured = _symbolic(program, inputs, leaves)
+        if not graph_answers_as(model, inputs, captured.root, captured.graph):
+            raise CaptureError(f"{name} cannot be exported: the program answers the example otherwise")
     except (InputError, UnfitModelError):
         raise
     except Exception as error:
@@ -211,22 +224,6 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
             "written to in place"
         )
     return (f"the forward changes {names} on the model; the fused model leaves it as it was",)
-
-
-def _answers_as(model: nn.Module, inputs: Inputs, traced: _Traced) -> bool:
-    """Whether the graph answers the example as the model does: what Python asked of a tensor may have escaped."""
-    twin = private_copy(model)
-    try:
-        expected = answer(twin, inputs)
-    except Exception:
-        return True  # the trace that computes explains it
-    try:
-        found = answer(fx.GraphModule(traced.root, traced.graph), inputs)
-    except Exception:
-        return False
-    finally:
-        _restore_buffers(traced, model)
-    return alike(expected, found)
 
 
 def _traced_or_explained(model: nn.Module, inputs: Inputs, leaves: Leaves) -> _Traced:

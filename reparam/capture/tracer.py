@@ -61,6 +61,8 @@ _SAME_VIEW = (
 _SAME_VIEW_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
 # Functions that write statistics without counting it as a new version of the tensor.
 _WRITES_UNCOUNTED = ("batch_norm", "instance_norm", "native_batch_norm")
+# Methods that change a list, dict or set.
+_CHANGES = set("append extend insert remove pop clear sort reverse update setdefault popitem add discard".split())
 # A view on some inputs and a copy on others.
 _PERHAPS_VIEW = ("reshape", "reshape_as", "flatten", "ravel", "contiguous")
 
@@ -191,6 +193,7 @@ class ValueTracer(fx.Tracer):
                 self._note_stored(other, used[other])
         before = {_view(t): other for other, value in used.items() for t in _tensors(value)}
         self._check_parameters(target, plain_args, plain_kwargs)
+        _check_containers(kind, target, plain_args)
         seen = _fingerprint if getattr(target, "__name__", "") in _WRITES_UNCOUNTED else version
         versions = [(other, t, seen(t)) for other, value in used.items() for t in _tensors(value)]
         value = self._execute(kind, target, plain_args, plain_kwargs)
@@ -393,7 +396,13 @@ class ValueTracer(fx.Tracer):
             raise UnfitError(
                 f"the forward changes {target}.{changed[0]} and then calls {target}; give it its own module"
             )
-        if isinstance(self.root.get_submodule(target), nn.BatchNorm1d) and args and isinstance(args[0], fx.Proxy):
+        module = self.root.get_submodule(target)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise UnfitError(
+                f"the forward writes to the parameter {target}.weight (max_norm); renormalise it once and set max_norm "
+                "to None"
+            )
+        if isinstance(module, nn.BatchNorm1d) and args and isinstance(args[0], fx.Proxy):
             self.check_rank(args[0])  # [N, C] and [N, C, L] are both allowed, and mean different things
 
     def _check_parameters(self, target: Any, args: Any, kwargs: Any) -> None:
@@ -491,6 +500,19 @@ def _names_a_write(target: Any, kwargs: Mapping[str, Any]) -> bool:
         or kwargs.get("inplace") is True
         or kwargs.get("out") is not None
     )
+
+
+def _check_containers(kind: str, target: Any, args: Any) -> None:
+    """Stops the trace where the forward changes an argument that is a list, dict or set.
+
+    Raises:
+        TraceError: it does.
+    """
+    if not args or not isinstance(args[0], (list, dict, set)):
+        return
+    if (kind == "call_method" and target in _CHANGES) or target in (operator.setitem, operator.delitem):
+        name = target if isinstance(target, str) else target.__name__
+        raise fx.proxy.TraceError(f"the forward changes a {type(args[0]).__name__} that it was given ({name})")
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -39,6 +39,19 @@ def flatten(value: Any, root: str = "output") -> Flat:
     return Flat(leaves, containers)
 
 
+def identical(a: Flat, b: Flat) -> bool:
+    """Whether every leaf of one is the other's, bit for bit, NaN being NaN."""
+    if list(a.leaves) != list(b.leaves):
+        return False
+    for x, y in zip(a.leaves.values(), b.leaves.values(), strict=True):
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            if x.shape != y.shape or x.dtype != y.dtype or not bool(((x == y) | ((x != x) & (y != y))).all()):
+                return False
+        elif type(x) is not type(y) or x != y:
+            return False
+    return True
+
+
 def structure_failures(expected: Flat, found: Flat) -> tuple[str, ...]:
     """Sentences on containers and outputs that are missing, extra or of another kind."""
     failures = []

@@ -21,7 +21,7 @@ from reparam.equivalence.comparison import CaseResult, Comparison
 from reparam.equivalence.gather import Ran, gather
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
-from reparam.equivalence.outputs import Flat
+from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.precision import (
     deployment_dtype,
     disturbed,
@@ -128,7 +128,7 @@ def _session(
         rules,
         seed,
         original64=private_copy(original, "original", torch.float64),
-        original=None if wide else private_copy(original, "original"),
+        original=private_copy(original, "original"),
         noise=private_copy(original, "original", torch.float32) if wide else None,
         candidate=candidate if module is None else private_copy(module, "candidate"),
         candidate64=None,
@@ -205,7 +205,7 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
         sentence = f"the candidate cannot run it, the original can ({first_line(error)})"
         return Ran(replace(result, failures=(sentence,)), truth)
     rounded64: Flat | None = None
-    if session.rules.dtype == torch.float64:
+    if session.rules.dtype == torch.float64 and session.original is None:
         candidate64 = candidate
     elif algebra and session.candidate64 is not None:
         candidate64, rounded64 = _run_float64(session, case)
@@ -228,6 +228,8 @@ def _run_original(session: _Session, case: Case) -> tuple[Flat, Flat | None, Fla
     try:
         original = None if session.original is None else _call(session, session.original, case, None)
         truth = _call(session, session.original64, case, torch.float64)
+        if original is not None and session.rules.dtype == torch.float64 and identical(original, truth):
+            original = session.original = None  # there is no cast in it that the truth leaves out
     except Exception as error:
         raise _RefusedError(f"the original itself cannot run it ({first_line(error)})") from error
     noise = None

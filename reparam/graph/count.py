@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
+from reparam.checks import CHECKS
 from reparam.graph.constants import Constants
 from reparam.graph.nodes import attribute, info, module_of
 from reparam.graph.table import TABLE
@@ -40,6 +41,8 @@ def count_operations(graph: fx.Graph, root: nn.Module) -> dict[str, int]:
                 weights[id(value)] = value.numel()
         if node.op not in ("call_module", "call_function", "call_method") or node in constants:
             continue
+        if node.target in CHECKS:
+            continue  # what the capture put there is no operation of the model
         nodes += 1
         row = TABLE.row(node, root)
         name = _COUNTED.get(row.name) if row is not None else None

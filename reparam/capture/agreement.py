@@ -1,0 +1,76 @@
+"""Whether two runs of the same operations answer alike: a model called again, or a model and the graph of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from reparam.capture.copying import copied
+from reparam.inputs import Inputs
+
+CALLS = 3
+# In units of the machine precision of the output: a repeated run is nearly always exactly equal.
+_ALLOWED = 1024.0
+_PLAIN = (bool, int, float, str, bytes)
+
+
+def answers_alike(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a copy of `model`, called again on the same input, returns what it returned before."""
+    twin = copied(model).eval()
+    first = _answer(twin, inputs)
+    return all(_alike(first, _answer(twin, inputs)) for _ in range(CALLS - 1))
+
+
+def graph_answers_as(model: nn.Module, inputs: Inputs, root: nn.Module, graph: fx.Graph) -> bool:
+    """Whether a graph answers the example as its model does: what Python asked of a tensor may have escaped.
+
+    The buffers of `root` are left as they were.
+    """
+    try:
+        expected = _answer(copied(model).eval(), inputs)
+    except Exception:
+        return True  # it cannot run at all, which is for others to say
+    twin = fx.Graph()  # a copy, as a graph belongs to the first module that is made of it
+    twin.output(twin.graph_copy(graph, {}))
+    before = {name: buffer.clone() for name, buffer in root.named_buffers()}
+    try:
+        return _alike(expected, _answer(fx.GraphModule(root, twin), inputs))
+    except Exception:
+        return False
+    finally:
+        _put_back(root, before)
+
+
+@torch.no_grad()
+def _put_back(root: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for name, buffer in root.named_buffers():
+        if buffer._version or not _alike_leaf(buffer, before[name]):
+            buffer.copy_(before[name])
+
+
+def _answer(module: nn.Module, inputs: Inputs) -> Any:
+    """What the module returns, copied; the random state is the same each time and left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs.call(module))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    (a_leaves, a_spec), (b_leaves, b_spec) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    return bool(a_spec == b_spec) and all(map(_alike_leaf, a_leaves, b_leaves))
+
+
+def _alike_leaf(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b) and (not isinstance(a, _PLAIN) or a == b or a != a)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta:
+        return True  # shapes are all that can be compared there
+    if not a.is_floating_point() or not a.numel():
+        return torch.equal(a, b)
+    scale = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return torch.allclose(a, b, rtol=0.0, atol=_ALLOWED * torch.finfo(a.dtype).eps * scale, equal_nan=True)
