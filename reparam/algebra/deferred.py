@@ -6,7 +6,8 @@ geometry at once and its numbers later: a `Deferred` remembers how to compute a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -55,31 +56,81 @@ class Deferred:
         """The tensor, computed in float64 and rounded to `dtype` once."""
         return self.evaluate(memo).to(torch.float64).to(dtype)
 
+    @property
+    def depth(self) -> int:
+        """How many tensors behind each other can be computed by rows; 0 if this one cannot."""
+        return 0
 
-class ScaledRows(Deferred):
-    """`weight[o, ...] * scale[o]`: what folding a normalisation into the layer before it comes to.
+    def rows(self, block: slice, memo: dict[Deferred, torch.Tensor]) -> torch.Tensor:
+        """Some rows of the tensor; if it cannot be computed by rows, all of it is computed into `memo`."""
+        return self.evaluate(memo)[block]
+
+
+class RowWise(Deferred):
+    """A tensor whose rows are made of the same rows of others: large ones need never exist in float64 as a whole.
 
     Args:
-        weight: `[C, ...]`.
-        scale: any shape with `C` elements.
+        compute: maps the values of `operands` and `fixed`, in this order, to the tensor; given some rows of each of
+            `operands`, it makes these rows.
+        shape: of the tensor.
+        operands: tensors with as many rows.
+        fixed: what is needed as a whole for any row.
     """
 
-    __slots__ = ("_scale", "_weight")
+    __slots__ = ("_depth", "_fixed", "_rows", "shape")
 
-    def __init__(self, weight: Deferred, scale: Deferred) -> None:
-        super().__init__(lambda w, s: w * s.to(torch.float64).reshape(-1, *(1,) * (w.ndim - 1)), weight, scale)
-        self._weight, self._scale = weight, scale
+    def __init__(
+        self,
+        compute: Callable[..., torch.Tensor],
+        shape: tuple[int, ...],
+        operands: tuple[Deferred, ...],
+        fixed: tuple[Deferred, ...] = (),
+    ) -> None:
+        super().__init__(compute, *operands, *fixed)
+        self.shape, self._rows, self._fixed = shape, operands, fixed
+        self._depth = 1 + max(operand.depth for operand in operands)
+        if self._depth > _DEEPEST:
+            self._depth = 0
+
+    @property
+    def depth(self) -> int:
+        """How many tensors behind each other can be computed by rows; 0 if this one cannot."""
+        return self._depth
+
+    def rows(self, block: slice, memo: dict[Deferred, torch.Tensor]) -> torch.Tensor:
+        """Some rows of the tensor, and no others."""
+        if not self._depth or self in memo:
+            return self.evaluate(memo)[block]
+        return self._compute(
+            *(operand.rows(block, memo) for operand in self._rows), *(one.evaluate(memo) for one in self._fixed)
+        )
 
     def evaluate_as(self, dtype: torch.dtype, memo: dict[Deferred, torch.Tensor] | None = None) -> torch.Tensor:
         """The same numbers block by block, so that no float64 copy of a large weight is ever written to memory."""
         memo = {} if memo is None else memo
-        weight, scale = self._weight.evaluate(memo), self._scale.evaluate(memo).to(torch.float64).reshape(-1, 1)
-        rows = max(1, _BLOCK * weight.shape[0] // max(weight.numel(), 1))
-        flat, out = weight.reshape(weight.shape[0], -1), torch.empty_like(weight, dtype=dtype).contiguous()
-        for start in range(0, weight.shape[0], rows):
-            block = slice(start, start + rows)
-            out.view(flat.shape)[block] = flat[block] * scale[block]
-        return out
+        out: torch.Tensor | None = None
+        for block in row_blocks(self.shape, _BLOCK):
+            rows = self.rows(block, memo).to(torch.float64)
+            out = rows.new_empty(self.shape, dtype=dtype) if out is None else out
+            out[block] = rows
+        return super().evaluate_as(dtype, memo) if out is None else out
+
+
+def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[slice]:
+    """Blocks of rows of a tensor of this shape, with about so many elements each."""
+    count = max(1, elements * shape[0] // max(math.prod(shape), 1)) if shape else 1
+    return (slice(start, start + count) for start in range(0, shape[0] if shape else 0, count))
+
+
+def scaled_rows(weight: Deferred, scale: Deferred, shape: tuple[int, ...]) -> Deferred:
+    """`weight[o, ...] * scale[o]`: what folding a normalisation into the layer before it comes to.
+
+    Args:
+        weight: of this shape, `[C, ...]`.
+        scale: `[C, 1, ...]`.
+    """
+    return RowWise(lambda w, s: w * s.to(torch.float64).reshape(-1, *(1,) * (w.ndim - 1)), shape, (weight, scale))
 
 
 _BLOCK = 1 << 16  # elements; a float64 block of this size stays in the second-level cache
+_DEEPEST = 64  # Python's stack is finite
