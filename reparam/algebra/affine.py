@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
-from reparam.algebra.deferred import Deferred, RowWise
+from reparam.algebra.deferred import Deferred
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -158,7 +158,7 @@ class AffineMap:
         if self.geometry.rank == rank:
             return self
         shape = self.geometry.with_rank(rank).weight_shape
-        weight = RowWise(lambda w: w.reshape(-1, *shape[1:]), shape, (self.weight,))
+        weight = self.weight.reshaped(shape)
         return AffineMap(self.geometry.with_rank(rank), weight, self.bias, self.is_identity)
 
     @property

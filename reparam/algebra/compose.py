@@ -21,7 +21,8 @@ import torch
 
 from reparam.algebra.affine import AffineMap, Geometry, Inexact
 from reparam.algebra.borders import crossing
-from reparam.algebra.deferred import Deferred, RowWise, row_blocks, scaled_rows
+from reparam.algebra.deferred import Deferred, RowWise, scaled_rows
+from reparam.lazy import row_blocks, widened
 
 
 def then(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
@@ -160,11 +161,11 @@ def carried_bias(bias: Deferred | None, g: AffineMap) -> Deferred | None:
     def carried(b1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
         b1 = b1.to(torch.float64).reshape(groups, -1)
         sums = _blocks(w2, groups)
-        parts = []
-        for block in row_blocks((sums.shape[1], *sums.shape[0:1], *sums.shape[2:]), _BLOCK):
-            part = sums[:, block].to(torch.float64)
-            parts.append(torch.einsum("gom,gm->go", part.reshape(*part.shape[:3], -1).sum(-1), b1))
-        return torch.cat(parts, 1).reshape(-1)
+        out = b1.new_empty(sums.shape[:2])
+        for block in row_blocks((sums.shape[1], groups, *sums.shape[2:])):
+            part = widened(sums[:, block], torch.float64)
+            out[:, block] = torch.einsum("gom,gm->go", part.reshape(*part.shape[:3], -1).sum(-1), b1)
+        return out.reshape(-1)
 
     return added_bias(Deferred(carried, bias, g.weight), g.bias)
 
@@ -246,6 +247,3 @@ def _regrouped_weight(weight: torch.Tensor, groups: int, coarser: int) -> torch.
     index = torch.arange(merged, device=weight.device)
     wide[:, index, :, index] = blocks.transpose(0, 1)
     return wide.reshape(out, merged * inner, *kernel)
-
-
-_BLOCK = 1 << 20  # elements of a weight that are summed at a time

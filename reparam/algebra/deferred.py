@@ -6,10 +6,11 @@ geometry at once and its numbers later: a `Deferred` remembers how to compute a 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
+
+from reparam.lazy import Lazy, passing, row_blocks
 
 
 class Deferred:
@@ -30,6 +31,9 @@ class Deferred:
     def of(cls, tensor: torch.Tensor) -> Deferred:
         """An existing tensor, shared and not cast: the operations on it promote to float64, or cast it first."""
         tensor = tensor.detach()
+        if isinstance(tensor, Lazy):
+            deferred = isinstance(tensor.source, Deferred) and not tensor.flipped
+            return tensor.source if deferred else cls(tensor.whole)  # type: ignore[return-value]
         return cls(lambda: tensor)
 
     def evaluate(self, memo: dict[Deferred, torch.Tensor] | None = None) -> torch.Tensor:
@@ -55,6 +59,19 @@ class Deferred:
     def evaluate_as(self, dtype: torch.dtype, memo: dict[Deferred, torch.Tensor] | None = None) -> torch.Tensor:
         """The tensor, computed in float64 and rounded to `dtype` once."""
         return self.evaluate(memo).to(torch.float64).to(dtype)
+
+    def whole(self) -> torch.Tensor:
+        """The tensor in float64, as the source of a `Lazy`."""
+        return self.evaluate().to(torch.float64)
+
+    def reader(self) -> Callable[[slice], torch.Tensor]:
+        """Makes some rows of it in float64."""
+        memo: dict[Deferred, torch.Tensor] = {}
+        return lambda block: self.rows(block, memo).to(torch.float64)
+
+    def reshaped(self, shape: tuple[int, ...]) -> Deferred:
+        """The same rows in another shape."""
+        return RowWise(lambda w: w.reshape(-1, *shape[1:]), shape, (self,))
 
     @property
     def depth(self) -> int:
@@ -108,18 +125,35 @@ class RowWise(Deferred):
     def evaluate_as(self, dtype: torch.dtype, memo: dict[Deferred, torch.Tensor] | None = None) -> torch.Tensor:
         """The same numbers block by block, so that no float64 copy of a large weight is ever written to memory."""
         memo = {} if memo is None else memo
+        made = self._made(slice(0, self.shape[0]), memo, lambda rows: rows.new_empty(self.shape, dtype=dtype))
+        return super().evaluate_as(dtype, memo) if made is None else made
+
+    def whole(self) -> torch.Tensor:
+        """The tensor in float64, as the source of a `Lazy`."""
+        return self.reader()(slice(0, self.shape[0]))
+
+    def reader(self) -> Callable[[slice], torch.Tensor]:
+        """Makes some rows of it in float64."""
+        memo: dict[Deferred, torch.Tensor] = {}
+
+        def read(block: slice) -> torch.Tensor:
+            shape = (min(block.stop, self.shape[0]) - block.start, *self.shape[1:])
+            made = self._made(block, memo, lambda rows: passing(shape, torch.float64, rows.device))
+            return self.rows(block, memo).to(torch.float64) if made is None else made
+
+        return read
+
+    def _made(
+        self, block: slice, memo: dict[Deferred, torch.Tensor], empty: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Rows that are made a few at a time and put into a tensor that `empty` makes; None without elements."""
         out: torch.Tensor | None = None
-        for block in row_blocks(self.shape, _BLOCK):
-            rows = self.rows(block, memo).to(torch.float64)
-            out = rows.new_empty(self.shape, dtype=dtype) if out is None else out
-            out[block] = rows
-        return super().evaluate_as(dtype, memo) if out is None else out
-
-
-def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[slice]:
-    """Blocks of rows of a tensor of this shape, with about so many elements each."""
-    count = max(1, elements * shape[0] // max(math.prod(shape), 1)) if shape else 1
-    return (slice(start, start + count) for start in range(0, shape[0] if shape else 0, count))
+        start, stop = block.start, min(block.stop, self.shape[0])
+        for part in row_blocks((stop - start, *self.shape[1:]), _BLOCK):
+            rows = self.rows(slice(start + part.start, min(start + part.stop, stop)), memo).to(torch.float64)
+            out = empty(rows) if out is None else out
+            out[part] = rows
+        return out
 
 
 def scaled_rows(weight: Deferred, scale: Deferred, shape: tuple[int, ...]) -> Deferred:
