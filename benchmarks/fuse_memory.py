@@ -329,6 +329,17 @@ def main() -> int:
     if not Path("/proc/self/clear_refs").exists():
         sys.exit("this system does not tell the peak of a process's memory")
     load_before = system_load()
+    facts = {
+        "command": "python benchmarks/fuse_memory.py "
+        + " ".join(f"'{word}'" if " " in word else word for word in sys.argv[1:]),
+        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("out", "save", "child")},
+        "hardware": hardware_name(torch.device("cpu")),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "engine": engine_revision(),
+        "load_before": load_before,
+        "limit": LIMIT,
+    }
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for gib in args.gib.split(","):
@@ -341,18 +352,11 @@ def main() -> int:
                         f" extra / weights {row.bounded:.2f}, {row.seconds:.1f} s",
                         flush=True,
                     )
-    facts = {
-        "command": "python benchmarks/fuse_memory.py",
-        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("out", "save", "child")},
-        "hardware": hardware_name(torch.device("cpu")),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "engine": engine_revision(),
-        "load_before": load_before,
-        "limit": LIMIT,
-    }
-    write(args.out / "fuse_memory.json", json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    write(args.out / "fuse_memory.md", markdown(rows, facts))
+                write(
+                    args.out / "fuse_memory.json",
+                    json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n",
+                )
+                write(args.out / "fuse_memory.md", markdown(rows, facts))
     above = [row for row in rows if row.bounded > LIMIT]
     for row in above:
         print(f"FAIL: {row.model}, {row.way}: {row.bounded:.2f} times the weights, {LIMIT} are allowed")
