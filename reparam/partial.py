@@ -7,7 +7,6 @@ arguments with which the model calls it, and is only replaced if it answers all 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 from reparam.capture.agreement import answers_alike
 from reparam.capture.trace import private_copy
 from reparam.errors import CaptureError, InputError, OtherInputError, ReparamError, UnfitModelError
-from reparam.graph.build import float64_twin, unshared
+from reparam.graph.build import float64_copy, float64_twin, unshared
 from reparam.inputs import Inputs
 from reparam.piece import Piece
 
@@ -119,7 +118,7 @@ class Assembled:
 
     def float64(self) -> nn.Module:
         """A copy in float64, its parts with weights as they were before they were rounded."""
-        twin = copy.deepcopy(self.module).double()
+        twin = float64_copy(self.module)
         for path, piece in self.parts.items():
             twin.get_submodule(path).fused = float64_twin(piece.module)
         return twin

@@ -20,7 +20,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "reparam"
 
 # Every room may import these: they hold plain values and import nothing of ours but each other.
-COMMON = ("reparam.checks", "reparam.errors", "reparam.inputs", "reparam.quiet", "reparam.__version__")
+COMMON = ("reparam.checks", "reparam.errors", "reparam.inputs", "reparam.lazy", "reparam.quiet", "reparam.__version__")
 # The files that hold a value another room is handed.
 CAPTURED = "reparam.capture.captured"
 PASS_VALUES = ("reparam.passes.base", "reparam.graph.place")
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "checks": (),
     "errors": (),
     "inputs": (),
+    "lazy": (),
     "quiet": (),
     "algebra": (),
     "graph": ("reparam.algebra", CAPTURED, *PASS_VALUES),

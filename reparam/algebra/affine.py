@@ -158,7 +158,7 @@ class AffineMap:
         if self.geometry.rank == rank:
             return self
         shape = self.geometry.with_rank(rank).weight_shape
-        weight = Deferred(lambda w: w.reshape(shape), self.weight)
+        weight = self.weight.reshaped(shape)
         return AffineMap(self.geometry.with_rank(rank), weight, self.bias, self.is_identity)
 
     @property

@@ -13,6 +13,7 @@ smallest enclosing window. Groups become `gcd` of both and no coarser.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from math import gcd
 
@@ -20,7 +21,8 @@ import torch
 
 from reparam.algebra.affine import AffineMap, Geometry, Inexact
 from reparam.algebra.borders import crossing
-from reparam.algebra.deferred import Deferred, ScaledRows
+from reparam.algebra.deferred import Deferred, RowWise, scaled_rows
+from reparam.lazy import row_blocks, widened
 
 
 def then(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
@@ -43,7 +45,9 @@ def then(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
     geometry = _then_geometry(f.geometry, g.geometry)
     first, second = f.geometry, g.geometry
     if second.groups == second.in_channels == second.out_channels and second.weight_shape[1:] == (1,) * (rank + 1):
-        return AffineMap(geometry, ScaledRows(f.weight, g.weight), carried_bias(f.bias, g))
+        return AffineMap(geometry, scaled_rows(f.weight, g.weight, geometry.weight_shape), carried_bias(f.bias, g))
+    if f.geometry.groups == f.geometry.in_channels == f.geometry.out_channels == math.prod(f.geometry.weight_shape):
+        return AffineMap(geometry, _scaled_columns(g, f.weight), carried_bias(f.bias, g))
     weight = Deferred(lambda w1, w2: _then_weight(first, second, geometry, w1, w2), f.weight, g.weight)
     return AffineMap(geometry, weight, carried_bias(f.bias, g))
 
@@ -63,17 +67,23 @@ def plus(f: AffineMap, g: AffineMap) -> AffineMap | Inexact:
     if isinstance(geometry, Inexact):
         return geometry
     first, second = f.geometry, g.geometry
-    weight = Deferred(
-        lambda w1, w2: _embedded(first, geometry, w1) + _embedded(second, geometry, w2), f.weight, g.weight
-    )
+
+    def added(w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        return _embedded(first, geometry, w1) + _embedded(second, geometry, w2)
+
+    weight = RowWise(added, geometry.weight_shape, (_in_groups(f, geometry.groups), _in_groups(g, geometry.groups)))
     return AffineMap(geometry, weight, added_bias(f.bias, g.bias))
 
 
 def regrouped(f: AffineMap, groups: int) -> AffineMap:
     """The same map with coarser groups; `groups` must divide its own."""
-    before = f.geometry
-    geometry = replace(before, groups=groups)
-    return AffineMap(geometry, Deferred(lambda w: _regrouped_weight(w, before.groups, groups), f.weight), f.bias)
+    return AffineMap(replace(f.geometry, groups=groups), _in_groups(f, groups), f.bias)
+
+
+def _in_groups(f: AffineMap, groups: int) -> Deferred:
+    """The weight of `f`, spread over blocks of `groups` groups."""
+    before = f.geometry.groups
+    return f.weight if groups == before else Deferred(lambda w: _regrouped_weight(w, before, groups), f.weight)
 
 
 def added_bias(a: Deferred | None, b: Deferred | None) -> Deferred | None:
@@ -120,8 +130,6 @@ def _then_weight(
     first: Geometry, second: Geometry, result: Geometry, w1: torch.Tensor, w2: torch.Tensor
 ) -> torch.Tensor:
     """`W[o, c, s1*d2*k2 + d1*k1] += sum_m W2[o, m, k2] W1[m, c, k1]`, blockwise over the groups."""
-    if first.groups == first.in_channels == first.out_channels and w1.numel() == first.in_channels:
-        return _scaled_columns(w2, w1.reshape(-1), second.groups)
     groups = result.groups
     w1, w2 = w1.to(torch.float64), w2.to(torch.float64)
     w1 = _blocks(_regrouped_weight(w1, first.groups, groups), groups)
@@ -151,10 +159,13 @@ def carried_bias(bias: Deferred | None, g: AffineMap) -> Deferred | None:
     groups = g.geometry.groups
 
     def carried(b1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-        b1, w2 = b1.to(torch.float64), w2.to(torch.float64)
-        return torch.einsum(
-            "gom,gm->go", _blocks(w2.reshape(*w2.shape[:2], -1).sum(-1), groups), b1.reshape(groups, -1)
-        ).reshape(-1)
+        b1 = b1.to(torch.float64).reshape(groups, -1)
+        sums = _blocks(w2, groups)
+        out = b1.new_empty(sums.shape[:2])
+        for block in row_blocks((sums.shape[1], groups, *sums.shape[2:])):
+            part = widened(sums[:, block], torch.float64)
+            out[:, block] = torch.einsum("gom,gm->go", part.reshape(*part.shape[:3], -1).sum(-1), b1)
+        return out.reshape(-1)
 
     return added_bias(Deferred(carried, bias, g.weight), g.bias)
 
@@ -191,8 +202,8 @@ def _plus_geometry(first: Geometry, second: Geometry) -> Geometry | Inexact:
 
 
 def _embedded(source: Geometry, target: Geometry, weight: torch.Tensor) -> torch.Tensor:
-    """The kernel of `source` at its place in the window of `target`, zero elsewhere."""
-    weight = _regrouped_weight(weight.to(torch.float64), source.groups, target.groups)
+    """The kernel of `source`, or some of its rows, at its place in the window of `target`, zero elsewhere."""
+    weight = weight.to(torch.float64)
     if source.kernel == target.kernel and source.padding == target.padding:
         return weight
     window = [slice(None), slice(None)]
@@ -200,7 +211,7 @@ def _embedded(source: Geometry, target: Geometry, weight: torch.Tensor) -> torch
         start = (target.padding[axis][0] - source.padding[axis][0]) // target.dilation[axis]
         pitch = source.dilation[axis] // target.dilation[axis] if source.kernel[axis] > 1 else 1
         window.append(slice(start, start + pitch * (source.kernel[axis] - 1) + 1, pitch))
-    out = weight.new_zeros(target.weight_shape)
+    out = weight.new_zeros((*weight.shape[:2], *target.kernel))
     out[tuple(window)] = weight
     return out
 
@@ -209,9 +220,15 @@ def _blocks(weight: torch.Tensor, groups: int) -> torch.Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
 
 
-def _scaled_columns(weight: torch.Tensor, scale: torch.Tensor, groups: int) -> torch.Tensor:
-    blocks = _blocks(weight, groups)
-    return _product(blocks, scale.reshape(groups, 1, -1, *(1,) * (weight.ndim - 2))).reshape(weight.shape)
+def _scaled_columns(g: AffineMap, scale: Deferred) -> Deferred:
+    """The weight of `g` behind a scale of its input channels."""
+    groups, shape = g.geometry.groups, g.geometry.weight_shape
+
+    def scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        blocks = _blocks(weight, groups)
+        return _product(blocks, scale.reshape(groups, 1, -1, *(1,) * (weight.ndim - 2))).reshape(weight.shape)
+
+    return RowWise(scaled, shape, (g.weight,), (scale,)) if groups == 1 else Deferred(scaled, g.weight, scale)
 
 
 def _product(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

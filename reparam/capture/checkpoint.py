@@ -188,6 +188,8 @@ def check_finite(model: nn.Module, path: Path) -> None:
         if value.is_meta or not (value.is_floating_point() or value.is_complex()) or value.layout is not torch.strided:
             continue
         wide = value.detach().float() if value.element_size() == 1 else value.detach()
+        if bool(torch.isfinite(wide.sum())):
+            continue  # a finite sum proves it in one pass, without a mask as large as the weight
         broken = ~torch.isfinite(wide) if infinity_too else torch.isnan(wide)
         count = int(broken.sum())
         if count:

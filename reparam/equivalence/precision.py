@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from reparam.equivalence.outputs import Flat, flatten
 from reparam.errors import InputError
 from reparam.inputs import Inputs
+from reparam.lazy import Guarded, Lazy, WrittenError, lean_copy, pairs_of_blocks, shared_storages
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,6 +36,52 @@ def deployment_dtype(module: nn.Module, inputs: Inputs) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
+class PrivateCopy:
+    """A copy for calls that leave no trace. It shares the large weights, as long as nobody writes to them.
+
+    Args:
+        module: what is copied; in eval mode then.
+        what: what to call it in errors.
+        dtype: as for `private_copy`.
+
+    Raises:
+        InputError: the module cannot be copied.
+    """
+
+    def __init__(self, module: nn.Module, what: str, dtype: torch.dtype | None = None) -> None:
+        self._given = (module, what, dtype)
+        self._has_run = False
+        self._lean = False
+        try:
+            lean = lean_copy(module, dtype)
+        except Exception:
+            lean = None  # the whole copy says what is wrong
+        if lean is None:
+            self._become_whole()
+            return
+        with contextlib.suppress(NotImplementedError):
+            lean.eval()
+        self.module, self._lean = lean, True
+        self._guard = Guarded(shared_storages(lean))
+
+    def _become_whole(self) -> None:
+        self.module, self._lean = private_copy(*self._given), False
+
+    def run(self, call: Callable[[nn.Module], Flat]) -> Flat:
+        """What `call` makes of the module; if sharing may be why it fails, of a copy that shares nothing."""
+        if self._lean:
+            try:
+                with self._guard:
+                    result = call(self.module)
+                self._has_run = True
+                return result
+            except Exception as error:
+                if self._has_run and not isinstance(error, WrittenError):
+                    raise
+            self._become_whole()
+        return call(self.module)
+
+
 def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None) -> nn.Module:
     """A deep copy in eval mode; with `dtype` (float64 or float32), floating-point weights and attributes cast to it.
 
@@ -42,7 +89,8 @@ def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None)
         InputError: the module cannot be copied.
     """
     try:
-        duplicate = copy.deepcopy(module)
+        lazy = {id(one): nn.Parameter(one.whole(), False) for one in module.parameters() if isinstance(one, Lazy)}
+        duplicate = copy.deepcopy(module, cast(Any, lazy))
     except Exception as error:
         raise InputError(f"the {what} cannot be copied, so it cannot be verified ({first_line(error)})") from error
     # An exported program's module has no modes: what it does was fixed when it was exported.
@@ -57,7 +105,9 @@ def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None)
     return duplicate
 
 
-def run(model: Callable[..., Any], inputs: Inputs, *, seed: int, dtype: torch.dtype | None = None) -> Flat:
+def run(
+    model: Callable[..., Any] | PrivateCopy, inputs: Inputs, *, seed: int, dtype: torch.dtype | None = None
+) -> Flat:
     """Calls a model and flattens what it returns, with its random numbers drawn from `seed`.
 
     Args:
@@ -65,6 +115,12 @@ def run(model: Callable[..., Any], inputs: Inputs, *, seed: int, dtype: torch.dt
         dtype: float64 or float32 casts the floating-point inputs, and makes every cast to a narrower dtype inside the
             model a cast to this one; None runs the model as it is.
     """
+    if isinstance(model, PrivateCopy):
+        return model.run(lambda module: _run(module, inputs, seed, dtype))
+    return _run(model, inputs, seed, dtype)
+
+
+def _run(model: Callable[..., Any], inputs: Inputs, seed: int, dtype: torch.dtype | None) -> Flat:
     device = _device(model)
     if device is not None:
         inputs = inputs.map(lambda tensor: tensor.to(device))
@@ -118,16 +174,25 @@ def rounding_failures(candidate: Any, candidate_float64: nn.Module) -> tuple[str
         if wanted is None or wanted.shape != tensor.shape:
             failures.append(f"weight {name} has no counterpart of its shape in the float64 candidate")
         elif tensor.is_floating_point():
-            rounded, info = wanted.detach().to(tensor), torch.finfo(tensor.dtype)
-            close = (tensor == rounded) | (
-                (tensor - rounded).abs() <= info.eps * rounded.abs() + info.smallest_normal * info.eps
-            )
-            if not bool(close.all()):
-                count = int((~close).sum())
+            count = _not_rounded(tensor.detach(), wanted.detach())
+            if count:
                 failures.append(
                     f"weight {name} is not the float64 weight rounded: {count} of {tensor.numel()} elements"
                 )
     return tuple(failures)
+
+
+def _not_rounded(tensor: torch.Tensor, exact: torch.Tensor) -> int:
+    """How many elements are further than one ULP from the exact ones."""
+    info = torch.finfo(tensor.dtype)
+    count = 0
+    for ours, wide in pairs_of_blocks(tensor, exact):
+        rounded = wide.to(ours)
+        close = (ours == rounded) | (
+            (ours - rounded).abs() <= info.eps * rounded.abs() + info.smallest_normal * info.eps
+        )
+        count += int((~close).sum())
+    return count
 
 
 def first_line(error: BaseException) -> str:

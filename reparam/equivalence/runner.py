@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -23,15 +23,17 @@ from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
 from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.precision import (
+    PrivateCopy,
     deployment_dtype,
     disturbed,
     first_line,
-    private_copy,
     rounding_failures,
     run,
 )
 from reparam.errors import InputError, OtherInputError
 from reparam.inputs import ExampleInputs, Inputs
+
+Model: TypeAlias = "Callable[..., Any] | PrivateCopy"
 
 BUDGET = 10.0
 _NARROW_COST = 0.5
@@ -104,12 +106,12 @@ class _Session:
 
     rules: Rules
     seed: int
-    original64: nn.Module
-    original: nn.Module | None
-    noise: nn.Module | None
-    candidate: Callable[..., Any]
-    candidate64: Callable[..., Any] | None
-    rounded64: nn.Module | None
+    original64: PrivateCopy
+    original: PrivateCopy | None
+    noise: PrivateCopy | None
+    candidate: Model
+    candidate64: Model | None
+    rounded64: Model | None
     exact: bool = False
     spent: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -127,26 +129,26 @@ def _session(
     session = _Session(
         rules,
         seed,
-        original64=private_copy(original, "original", torch.float64),
-        original=private_copy(original, "original"),
-        noise=private_copy(original, "original", torch.float32) if wide else None,
-        candidate=candidate if module is None else private_copy(module, "candidate"),
+        original64=PrivateCopy(original, "original", torch.float64),
+        original=PrivateCopy(original, "original"),
+        noise=PrivateCopy(original, "original", torch.float32) if wide else None,
+        candidate=candidate if module is None else PrivateCopy(module, "candidate"),
         candidate64=None,
         rounded64=None,
     )
     if wide:
         session.candidate64 = session.candidate
     elif candidate_float64 is not None:
-        session.candidate64 = private_copy(candidate_float64, "candidate", torch.float64)
+        session.candidate64 = PrivateCopy(candidate_float64, "candidate", torch.float64)
         session.exact = True
         # With both at hand, what rounding costs is measured and not estimated.
         session.rounded64 = (
             disturbed(candidate_float64, original, rules.dtype, seed)
             if module is None
-            else private_copy(module, "candidate", torch.float64)
+            else PrivateCopy(module, "candidate", torch.float64)
         )
     elif module is not None:
-        session.candidate64 = private_copy(module, "candidate", torch.float64)
+        session.candidate64 = PrivateCopy(module, "candidate", torch.float64)
         session.rounded64 = disturbed(module, original, rules.dtype, seed)
     return session
 
@@ -259,7 +261,7 @@ def _run_float64(session: _Session, case: Case) -> tuple[Flat | None, Flat | Non
     return exact, rounded
 
 
-def _call(session: _Session, model: Callable[..., Any], case: Case, dtype: torch.dtype | None) -> Flat:
+def _call(session: _Session, model: Model, case: Case, dtype: torch.dtype | None) -> Flat:
     wide = session.rules.dtype == torch.float64 if dtype is None else dtype == torch.float64
     session.spent += case.relative_size * (1.0 if wide else _NARROW_COST)
     return run(model, case.inputs, seed=session.seed, dtype=dtype)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeVar, cast
 
+import torch
 from torch import fx, nn
 
 from reparam.graph.emit import Constant, Layer
 from reparam.graph.nodes import set_module
+from reparam.lazy import lean_copy
 
 
 def built(root: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
@@ -35,9 +37,15 @@ def unshared(module: Module, model: nn.Module) -> Module:
     return module
 
 
+def float64_copy(module: nn.Module) -> nn.Module:
+    """A copy in float64; its large weights are cast whenever they are read, if it can be copied so."""
+    lean = lean_copy(module, torch.float64)
+    return copy.deepcopy(module).double() if lean is None else lean
+
+
 def float64_twin(module: fx.GraphModule) -> fx.GraphModule:
     """A float64 copy of a fused module whose new layers hold their weights as they were before rounding."""
-    twin = copy.deepcopy(module).double()
+    twin = cast(fx.GraphModule, float64_copy(module))
     for node in module.graph.nodes:
         make = node.meta.get("float64")
         layer = None if make is None else make()

@@ -6,6 +6,7 @@ are rounded to the model's dtype here, once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -20,6 +21,7 @@ from reparam.algebra.deferred import Deferred
 from reparam.algebra.sources import transposed_weight
 from reparam.capture.captured import TensorInfo
 from reparam.graph.nodes import info, set_module
+from reparam.lazy import SMALLEST, Lazy
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -80,15 +82,24 @@ def layer_for(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor |
     layer = _layer(map_, like, axis, bias)
     if isinstance(layer, Inexact) or like.dtype == torch.float64:
         return layer
-    return replace(layer, float64=partial(_layer, map_, replace(like, dtype=torch.float64), axis, bias))
+    return replace(layer, float64=partial(exact_layer_for, map_, like, axis, bias))
 
 
-def _layer(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | None) -> Layer | Inexact:
+def exact_layer_for(map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | None) -> Layer | Inexact:
+    """The same layer in float64, whatever the dtype of `like`; a large weight is made whenever it is read."""
+    return _layer(map_, replace(like, dtype=torch.float64), axis, bias, lazy=True)
+
+
+def _layer(
+    map_: AffineMap, like: TensorInfo, axis: int, bias: torch.Tensor | None, lazy: bool = False
+) -> Layer | Inexact:
     geometry = map_.geometry
     if geometry.rank == 0 and not geometry.is_diagonal and axis == len(like.shape) - 1:
         map_ = regrouped(map_, 1)
         geometry = map_.geometry
-    rounded = _rounded(map_.weight, like)
+    shape = geometry.weight_shape
+    lazy = lazy and not geometry.is_diagonal and not geometry.is_transposed and math.prod(shape) >= SMALLEST
+    rounded = Lazy(map_.weight, shape, like.dtype, like.device) if lazy else _rounded(map_.weight, like)
     shift = None if bias is None else _rounded(Deferred.of(bias), like)
     if isinstance(rounded, Inexact) or isinstance(shift, Inexact):
         return rounded if isinstance(rounded, Inexact) else shift  # type: ignore[return-value]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -29,7 +29,7 @@ from reparam.algebra import AffineMap, Inexact
 from reparam.algebra.join import stacked
 from reparam.capture.captured import TensorInfo
 from reparam.graph.constants import Constants
-from reparam.graph.emit import Layer, insert_layer, layer_for
+from reparam.graph.emit import Layer, exact_layer_for, insert_layer, layer_for
 from reparam.graph.lift import Lifted, LiftTable
 from reparam.graph.lifted import LiftedGraph
 from reparam.graph.nodes import attribute, described, info, kind, module_of, place
@@ -247,25 +247,25 @@ def _shared_weights(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
 
 def _layer(group: list[Branch]) -> Layer | Inexact:
     """The joined layer, and how to make it from the exact weights."""
-    made = _layer_of(group, [branch.map for branch in group], group[0].result.dtype)
+    made = _layer_of(group, [branch.map for branch in group], layer_for)
     if isinstance(made, Inexact) or group[0].result.dtype == torch.float64:
         return made
 
     def exact() -> Layer | Inexact:
-        return _layer_of(group, [branch.exact() for branch in group], torch.float64)
+        return _layer_of(group, [branch.exact() for branch in group], exact_layer_for)
 
     return replace(made, float64=exact)
 
 
-def _layer_of(group: list[Branch], maps: list[AffineMap], dtype: torch.dtype) -> Layer | Inexact:
+def _layer_of(group: list[Branch], maps: list[AffineMap], make: Callable[..., Layer | Inexact]) -> Layer | Inexact:
     one = stacked(maps)
     if isinstance(one, Inexact):
         return one
     first = group[0]
     shape = list(first.result.shape)
     shape[first.axis] = one.geometry.out_channels
-    like = replace(first.result, shape=tuple(shape), dtype=dtype)
-    return layer_for(one.linear_part, like, first.axis, None if one.bias is None else one.bias.evaluate())
+    like = replace(first.result, shape=tuple(shape))
+    return make(one.linear_part, like, first.axis, None if one.bias is None else one.bias.evaluate())
 
 
 def _replace(group: list[Branch], made: Layer, graph: fx.Graph, root: nn.Module) -> None:

@@ -1,0 +1,127 @@
+"""What loading and fusing may hold in memory, and that weights that are made when they are read compute the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import reparam
+from reparam import lazy
+from reparam.equivalence.precision import PrivateCopy, private_copy, run
+from reparam.inputs import Inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+measurable = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory figures")
+# The limit is 1.5 for models of gigabytes; kernels' own workspaces, some tens of MiB, show beside 200 MiB.
+LIMIT_WITH_SLACK = 1.8
+
+
+def measured(name: str, way: str) -> dict[str, float]:
+    """One call of the benchmark in a process of its own, on 200 MiB of weights."""
+    words = [sys.executable, ROOT / "benchmarks/fuse_memory.py", "--child", name, str(200 << 20), way, "none"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@measurable
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("linear-bn", "memory, off"), ("bn-linear", "memory, off"), ("linear-bn", "memory, quick")],
+)
+def test_fusing_needs_no_wide_copy(name: str, way: str) -> None:
+    assert measured(name, way)["bounded"] <= LIMIT_WITH_SLACK
+
+
+@measurable
+@pytest.mark.parametrize("kind", ["zip", "safetensors"])
+def test_weights_of_a_file_are_mapped(tmp_path: Path, kind: str) -> None:
+    model, file = nn.Sequential(nn.Linear(512, 512)), tmp_path / "model.file"
+    if kind == "zip":
+        torch.save(model, file)
+        held = reparam.load(file)[0].weight
+    else:
+        from safetensors.torch import save_file
+
+        from reparam.capture.checkpoint import read_safetensors
+
+        save_file(model.state_dict(), file)
+        held = read_safetensors(file)["0.weight"]
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines if line.endswith(str(file))]
+    assert any(low <= held.data_ptr() < high for low, high in spans)
+
+
+WEIGHTS = [
+    (lambda w: F.linear(torch.ones(3, 6).double(), w, torch.ones(8).double()), (8, 6)),
+    (lambda w: F.linear(torch.ones(2, 3, 6).double(), w), (8, 6)),
+    (lambda w: torch.ones(3, 8).double() @ w, (8, 6)),
+    (lambda w: F.conv2d(torch.ones(2, 3, 5, 5).double(), w, torch.ones(8).double(), padding=1), (8, 3, 3, 3)),
+    (lambda w: F.conv2d(torch.ones(2, 6, 5, 5).double(), w, groups=2), (8, 3, 3, 3)),
+    (lambda w: F.conv_transpose2d(torch.ones(2, 8, 5, 5).double(), w), (8, 3, 3, 3)),
+    (lambda w: F.embedding(torch.tensor([[1, 7], [0, 1]]), w), (8, 6)),
+    (lambda w: w.reshape(8, 3, 2).transpose(0, 1) * 2, (8, 6)),
+    (lambda w: w.t()[1:3] + w.t()[0], (8, 6)),
+]
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize(("use", "shape"), WEIGHTS)
+def test_a_lazy_weight_computes_what_the_weight_does(monkeypatch: pytest.MonkeyPatch, use, shape, blocks) -> None:
+    monkeypatch.setattr(lazy, "_BLOCK", 7 if blocks else 1 << 20)
+    weight = torch.randn(shape)
+    torch.testing.assert_close(use(lazy.lazy_cast(weight, torch.float64)), use(weight.double()), rtol=1e-13, atol=1e-13)
+
+
+class Writes(nn.Linear):
+    """Clamps its own weight before it uses it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_model_that_writes_to_its_weights_gets_its_own(monkeypatch: pytest.MonkeyPatch, dtype) -> None:
+    monkeypatch.setattr(lazy, "SMALLEST", 1)
+    model, x = Writes(4, 4), Inputs.of(torch.randn(2, 4))
+    before = model.weight.detach().clone()
+    twin = PrivateCopy(model, "original", dtype)
+    found = run(twin, x, seed=0, dtype=dtype)
+    assert torch.equal(model.weight, before)
+    expected = run(private_copy(model, "original", dtype), x, seed=0, dtype=dtype)
+    assert torch.equal(found.leaves["output"], expected.leaves["output"])
+
+
+def test_other_layers_run_on_lazy_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy, "SMALLEST", 1)
+    for model in (nn.LSTM(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Bilinear(8, 8, 3)):
+        model.eval()
+        x = torch.randn(2, 5, 8)
+        inputs = Inputs((x, x)) if isinstance(model, nn.Bilinear) else Inputs.of(x)
+        twin = PrivateCopy(model, "original", torch.float64)
+        found = run(twin, inputs, seed=0, dtype=torch.float64)
+        assert any(isinstance(parameter, lazy.Lazy) for parameter in twin.module.parameters())
+        expected = run(private_copy(model, "original", torch.float64), inputs, seed=0, dtype=torch.float64)
+        for name, tensor in expected.tensors().items():
+            torch.testing.assert_close(found.leaves[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrong_weight_is_found_through_lazy_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy, "SMALLEST", 1)
+    monkeypatch.setattr("reparam.graph.emit.SMALLEST", 1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(1, 3, 9, 9)
+    fused = reparam.fuse(model, x)
+    assert fused.report.comparison is not None
+    assert fused.report.comparison.passed
+    with torch.no_grad():
+        next(fused.module.parameters())[0] *= 1.001
+    assert not reparam.verify(model, fused.module, x).passed
