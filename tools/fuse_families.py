@@ -262,10 +262,10 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
     ]
     failed = [row for row in rows if row.failed]
     if failed:
-        lines += ["", "What failed:", ""]
-        lines += [
-            f"- {row.family}, {row.model}, {stage}: {why}" for row in failed for stage, why in row.failures.items()
-        ]
+        lines += ["", "What failed, and the rounding noise of the original itself in float32:", ""]
+        for row in failed:
+            noise = f" (noise {_short(row.float32_noise)})"
+            lines += [f"- {row.family}, {row.model}, {stage}: {why}{noise}" for stage, why in row.failures.items()]
     return "\n".join(lines) + "\n"
 
 

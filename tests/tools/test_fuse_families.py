@@ -97,7 +97,8 @@ def test_totals_lines_and_failures() -> None:
     cells = "3x8x8 | symbolic | 5 → 3 | 4 → 0 | 1 → 1 | 20 → 9 | 4 | 1"
     assert f"| alpha | net | {cells} | 2.0e-15 | 3.0e-07 / 2.0e-07 | 4.0e-07 / 2.0e-07 | 2 |" in text
     assert f"| beta | off | {cells} | 1.0e-06 ✗ |" in text
-    assert "- beta, off, float64: ValueError: relative\n- gamma, lost, process: stopped after 900 s\n" in text
+    assert "- beta, off, float64: ValueError: relative (noise 2.0e-07)\n" in text
+    assert "- gamma, lost, process: stopped after 900 s (noise –)\n" in text
     assert "What failed" not in markdown([FINE], FACTS)
 
 
