@@ -12,17 +12,13 @@ changed since. Exit status 1 if a model is not captured.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,15 +27,17 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from tools import timm_zoo  # noqa: E402
+from tools import sweep, timm_zoo  # noqa: E402
 from tools.record import engine_revision, first_line, write  # noqa: E402
 
 OUT = ROOT / "tools" / "results"
 SAVE_EVERY = 20
+LIMIT = 600.0
+"""Seconds for one model."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(sweep.ModelRow):
     """How one model was captured.
 
     Attributes:
@@ -52,8 +50,6 @@ class Row:
         error: why it was not captured.
     """
 
-    model: str
-    family: str
     way: str = ""
     device: str = ""
     nodes: int = 0
@@ -61,13 +57,20 @@ class Row:
     decided: str = ""
     error: str = ""
 
+    @property
+    def failed(self) -> bool:
+        return not self.way
+
+    @property
+    def line(self) -> str:
+        return self.way or self.error
+
 
 def captured(name: str) -> Row:
     """Captures one model, on the meta device or else on the CPU."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    timm = timm_zoo.import_timm()
-    family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+    family = timm_zoo.family(name)
     row = Row(name, family)
     for device in ("meta", "cpu"):
         row = _captured_on(name, family, device)
@@ -122,47 +125,32 @@ def markdown(rows: Sequence[Row], version: str, timm_version: str, known: int) -
 
 def load(version: str) -> dict[str, Row]:
     """The rows of an earlier run of the same engine."""
-    path = OUT / "capture.json"
-    if not path.exists():
-        return {}
-    held = json.loads(path.read_text())
-    return {row["model"]: Row(**row) for row in held["rows"]} if held["reparam"] == version else {}
+    return sweep.load_rows(OUT / "capture.json", version, Row)
 
 
-def save(rows: dict[str, Row], version: str, timm_version: str) -> None:
+def save(rows: Mapping[str, Row], version: str, timm_version: str) -> None:
     """Writes both files."""
-    ordered = sorted(rows.values(), key=lambda row: (row.family, row.model))
+    ordered = sweep.ordered(rows)
     facts = {"reparam": version, "torch": torch.__version__, "timm": timm_version}
-    write(OUT / "capture.json", json.dumps({**facts, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
+    sweep.save_rows(OUT / "capture.json", facts, ordered)
     known = len(timm_zoo.import_timm().list_models())
     write(OUT / "capture.md", markdown(ordered, version, timm_version, known))
 
 
+def lost(name: str, why: str) -> Row:
+    """The row of a model whose process ended."""
+    return Row(name, timm_zoo.family(name), error=why)
+
+
 def main() -> int:
     """Runs the sweep from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", metavar="REGEX", default="", help="only models whose names match")
-    parser.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="processes, of one thread each")
-    parser.add_argument("--again", choices=("failed",), help="try these again although they are in the file")
-    args = parser.parse_args()
+    args = sweep.arguments(__doc__).parse_args()
     timm = timm_zoo.import_timm()
     version = engine_revision()
-    rows = load(version)
-    if args.again:
-        rows = {name: row for name, row in rows.items() if row.way}
-    names = [name for name in timm.list_models() if re.search(args.models, name) and name not in rows]
-    try:
-        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-            pending = [pool.submit(captured, name) for name in names]
-            for index, future in enumerate(as_completed(pending), 1):
-                row = future.result()
-                rows[row.model] = row
-                print(f"{index:4} of {len(names)}  {row.model}: {row.way or row.error}", flush=True)
-                if index % SAVE_EVERY == 0:
-                    save(rows, version, timm.__version__)
-    finally:
-        save(rows, version, timm.__version__)
-    return 1 if any(not row.way for row in rows.values()) else 0
+    rows = sweep.kept(load(version), args)
+    names = sweep.missing(timm.list_models(), rows, args)
+    made = sweep.each(captured, names, args.jobs, LIMIT, lost)
+    return sweep.run(made, len(names), rows, lambda held: save(held, version, timm.__version__), SAVE_EVERY)
 
 
 if __name__ == "__main__":

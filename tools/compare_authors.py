@@ -14,7 +14,6 @@ Exit status 1 if ours leaves more convolutions or BatchNorms than theirs in some
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import re
@@ -44,7 +43,6 @@ FAMILIES = (
 )  # fmt: skip
 """timm's source files that define a conversion of their own."""
 CONVERSIONS = ("fuse", "reparameterize", "switch_to_deploy")
-SMALL = 64
 REFUSALS_KEPT = 40
 
 
@@ -62,17 +60,8 @@ def candidates() -> Iterator[tuple[str, str, int]]:
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     """The model in float64 and eval mode, and an input: small, if the model takes small images."""
-    sizes: list[dict[str, Any]] = [{"pretrained_cfg_overlay": {"input_size": (3, SMALL, SMALL)}}, {}]
-    if timm_zoo.import_timm().get_pretrained_cfg(name).fixed_input_size:
-        sizes = [{}]
-    for overlay in sizes:
-        with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # the image was too small
-            model = timm_zoo.create(name, **overlay)
-            x = torch.randn(2, *timm_zoo.input_size(model), generator=torch.Generator().manual_seed(0))
-            model, x = model.double(), x.double()
-            output_of(model, x)
-            return model, x
-    raise RuntimeError(f"{name} does not run on its own input size")
+    model, x = timm_zoo.create_small(name)
+    return model.double(), x.double()
 
 
 def measure(family: str, name: str, parameters: int) -> Row:

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 CALIBRATION_FORWARDS = 2
 CALIBRATION_BATCH = 4
+SMALL = 64
 
 
 @contextlib.contextmanager
@@ -94,6 +95,28 @@ def randomise_batch_norms(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
+def randomise_constants(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter whose elements are all the same random ones, in place, and returns `module`.
+
+    timm starts biases at 0, norms at 1 and layer scales as low as 1e-6: the first two hide errors of a fold, the last
+    one whole blocks. Zeros become N(0, 0.1), as matrices N(0, 0.02); up to 0.1, U(0.1, 0.5); others change by half.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if not parameter.numel() or not parameter.is_floating_point() or parameter.min() != parameter.max():
+            continue
+        value = float(parameter.flatten()[0])
+        if value == 0.0:
+            drawn = torch.randn(parameter.shape, generator=generator) * (0.1 if parameter.dim() < 2 else 0.02)
+        elif 0.0 < value <= 0.1:
+            drawn = 0.1 + 0.4 * torch.rand(parameter.shape, generator=generator)
+        else:
+            drawn = value * (0.5 + torch.rand(parameter.shape, generator=generator))
+        parameter.copy_(drawn)
+    return module
+
+
+@torch.no_grad()
 def _calibrate(model: nn.Module, shape: tuple[int, int, int], seed: int) -> None:
     """Sets running statistics to those of random inputs, then jitters them, so that deep models stay in range.
 
@@ -135,12 +158,18 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     return int(channels), int(height), int(width)
 
 
-def create(name: str, *, seed: int = 0, **kwargs: Any) -> nn.Module:
+def family(name: str) -> str:
+    """The source file of timm that defines the model `name`, without its ending."""
+    return str(import_timm().model_entrypoint(name).__module__).rpartition(".")[2]
+
+
+def create(name: str, *, seed: int = 0, lively: bool = False, **kwargs: Any) -> nn.Module:
     """The timm model `name` in eval mode, with random weights, randomised and then calibrated BatchNorms.
 
     Args:
         name: timm's model name.
         seed: decides every weight and statistic; the global random state is left as it was.
+        lively: also randomise what timm starts at a constant: biases, norms, layer scales.
         kwargs: go to `timm.create_model`; `pretrained` is always False.
     """
     timm = import_timm()
@@ -148,5 +177,27 @@ def create(name: str, *, seed: int = 0, **kwargs: Any) -> nn.Module:
         torch.manual_seed(seed)
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
         randomise_batch_norms(model, seed)
+        if lively:
+            randomise_constants(model, seed)
         _calibrate(model, input_size(model), seed)
     return model.eval()
+
+
+def create_small(name: str, *, seed: int = 0, lively: bool = False) -> tuple[nn.Module, torch.Tensor]:
+    """The model as `create` makes it, and two images: small ones, if the model takes them."""
+    config = import_timm().get_pretrained_cfg(name)
+    own = tuple(config.input_size)
+    smaller = [] if config.fixed_input_size else [(own[0], SMALL, SMALL), config.min_input_size]
+    for size in smaller:
+        if size is not None:
+            with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # the image was too small
+                return _created_at(name, tuple(size), seed, lively)
+    return _created_at(name, own, seed, lively)
+
+
+def _created_at(name: str, size: tuple[int, ...], seed: int, lively: bool) -> tuple[nn.Module, torch.Tensor]:
+    model = create(name, seed=seed, lively=lively, pretrained_cfg_overlay={"input_size": size})
+    x = torch.randn(2, *input_size(model), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model(x)
+    return model, x

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from tools.timm_zoo import create, import_timm, input_size, randomise_batch_norms
+from tools.timm_zoo import (
+    create,
+    create_small,
+    family,
+    import_timm,
+    input_size,
+    randomise_batch_norms,
+    randomise_constants,
+)
 
 
 @pytest.fixture
@@ -65,3 +73,46 @@ def test_randomise_takes_every_kind_of_batch_norm(kind: type[nn.BatchNorm2d], af
     changed = {name for name, tensor in norm.state_dict().items() if not torch.equal(tensor, defaults[name])}
     wanted = ({"weight", "bias"} if affine else set()) | ({"running_mean", "running_var"} if tracked else set())
     assert changed == wanted
+
+
+class Constants(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.table = nn.Parameter(torch.zeros(1000)), nn.Parameter(torch.zeros(40, 40))
+        self.layer_scale, self.gain = nn.Parameter(torch.full((1000,), 1e-6)), nn.Parameter(torch.tensor(-2.0))
+        self.weight, self.mask = nn.Parameter(torch.arange(3.0)), nn.Parameter(torch.ones(3, dtype=torch.int64), False)
+
+
+def test_constant_parameters_become_lively() -> None:
+    module = randomise_constants(Constants())
+    assert 0.08 < module.bias.std() < 0.12
+    assert 0.01 < module.table.std() < 0.03
+    assert 0.1 <= module.layer_scale.min() < module.layer_scale.max() <= 0.5
+    assert -3.0 <= module.gain <= -1.0
+    assert module.gain != -2.0
+    assert module.weight.tolist() == [0.0, 1.0, 2.0]
+    assert module.mask.tolist() == [1, 1, 1]
+
+
+def test_lively_models_show_their_blocks() -> None:
+    """A layer scale of 1e-6 would hide what a block computes."""
+    effects = []
+    for lively in (False, True):
+        model, x = create_small("test_convnext", lively=lively)
+        with torch.no_grad():
+            before = model(x)
+            model.stages[2].blocks[0].mlp.fc1.weight.mul_(2.0)
+            effects.append(((model(x) - before).abs().max() / before.abs().max()).item())
+    assert effects[0] < 1e-5
+    assert effects[1] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "shape"),
+    [("test_resnet", "resnet", (2, 3, 64, 64)), ("test_vit", "vision_transformer", (2, 3, 160, 160))],
+)
+def test_small_images_where_the_model_takes_them(name: str, source: str, shape: tuple[int, ...]) -> None:
+    assert family(name) == source
+    model, x = create_small(name)
+    assert (tuple(x.shape), input_size(model)) == (shape, shape[1:])
+    assert not model.training
