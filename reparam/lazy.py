@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from reparam.quiet import without_copying_warnings
+
 SMALLEST = 1 << 16
 """Elements from which on a weight is worth being lazy."""
 _BLOCK = 1 << 20  # elements of a block
@@ -183,7 +185,8 @@ def lean_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module 
         return None
     stand_ins = {id(parameter): _stand_in(parameter, dtype) for parameter in module.parameters()}
     expected = set(map(id, stand_ins.values()))
-    duplicate: nn.Module = copy.deepcopy(module, cast(Any, dict(stand_ins)))
+    with without_copying_warnings():
+        duplicate: nn.Module = copy.deepcopy(module, cast(Any, dict(stand_ins)))
     if any(id(parameter) not in expected for parameter in duplicate.parameters()):
         return None
     if dtype is not None:

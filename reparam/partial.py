@@ -166,6 +166,9 @@ class _Assembler:
     def descend(self, owner: nn.Module, prefix: str, *, runs: bool = True) -> None:
         """Fuses the children of a module that stays; `runs` is whether the example calls it."""
         children = {f"{prefix}{name}": child for name, child in owner._modules.items() if child is not None}
+        for path in [path for path, child in children.items() if isinstance(child, torch.jit.ScriptModule)]:
+            why = "it is compiled (TorchScript)"
+            self.found.outside.append(Outside(path, children.pop(path).original_name, why))  # type: ignore[arg-type]
         calls = self._calls(children)
         replaced: dict[str, nn.Module] = {}
         below: list[tuple[str, nn.Module, bool]] = []

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from reparam.capture.scripts import graph_of_script
 from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
 from reparam.equivalence import Comparison
@@ -67,7 +68,7 @@ def fuse(
     model stays in float64 throughout.
 
     Args:
-        model: any module that `torch.fx` can trace; it is taken in eval mode.
+        model: any module, in Python or TorchScript; it is taken in eval mode.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. Their sizes are examples: the
             fused model runs on every size that the original runs on.
         verify: how thoroughly the result is checked against the original: "quick", "standard" (default), "thorough",
@@ -110,6 +111,11 @@ def fuse(
     usual = pipeline(prices, None if choices is None else choices.add, fixed_sizes=fixed_sizes)
     steps = tuple(usual if passes is None else passes)
     inputs = Inputs.of(example_inputs)
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        name = model.original_name
+        with stages("converting from TorchScript"):
+            model = graph_of_script(model, inputs)
     made = _made(model, inputs, capture, steps, stages)
     comparison: Comparison | None = None
     if level != "off":
@@ -121,7 +127,7 @@ def fuse(
     for piece in made.pieces:
         forget_float64(piece.module.graph)
     report = Report(
-        model=type(model).__name__,
+        model=name,
         capture=made.how,
         before=made.before,
         after=made.after,

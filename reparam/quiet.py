@@ -29,6 +29,15 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
+@contextlib.contextmanager
+def without_copying_warnings() -> Iterator[None]:
+    """Drops what torch warns of when its own classes are copied: graph modules of torch.export, and TorchScript."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+        yield
+
+
 def deepest(error: BaseException) -> BaseException:
     """The exception that started the chain which ended in `error`."""
     seen: set[int] = set()

@@ -28,7 +28,10 @@ from reparam.report import Report
 Progress = Callable[[str], None]
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 _ENDINGS = {"onnx": ".onnx", "archive": ".pt2"}
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".pkl", ".model")
+_SUFFIXES = (
+    *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".pkl", ".model"),
+    *(".pt2", ".ts", ".jit", ".torchscript"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     )
     report = replace(
         result.report,
-        model=f"{type(model).__name__} from {request.path}",
+        model=f"{result.report.model} from {request.path}",
         environment={**result.report.environment, "inputs": ", ".join(map(str, specs)), "seed": str(request.seed)},
     )
     with _staging(targets) as folder:

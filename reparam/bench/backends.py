@@ -12,6 +12,7 @@ from torch import nn
 
 from reparam.errors import InputError
 from reparam.inputs import Inputs
+from reparam.quiet import without_copying_warnings
 
 Variant: TypeAlias = "nn.Module | Callable[..., Any]"
 
@@ -58,7 +59,8 @@ def placed(variant: Variant, device: torch.device) -> Variant:
         return variant
     if all(tensor.device == device for tensor in [*variant.parameters(), *variant.buffers()]):
         return variant
-    return copy.deepcopy(variant).to(device)
+    with without_copying_warnings():
+        return copy.deepcopy(variant).to(device)
 
 
 @contextmanager

@@ -24,6 +24,11 @@ def answers_alike(model: nn.Module, inputs: Inputs) -> bool:
     return all(_alike(first, _answer(twin, inputs)) for _ in range(CALLS - 1))
 
 
+def same_answers(a: nn.Module, b: nn.Module, inputs: Inputs) -> bool:
+    """Whether two models answer the example alike; neither is written to."""
+    return _alike(_answer(copied(a), inputs), _answer(copied(b), inputs))
+
+
 def graph_answers_as(model: nn.Module, inputs: Inputs, root: nn.Module, graph: fx.Graph) -> bool:
     """Whether a graph answers the example as its model does: what Python asked of a tensor may have escaped.
 

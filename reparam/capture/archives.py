@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from reparam.capture.audit import UnsafeError, audit_program
 from reparam.capture.exported import graph_module
@@ -37,7 +35,7 @@ _EXAMPLE = "reparam_example_inputs"
 _MOST_EXPANDED = 64 << 20  # bytes that a tensor may have beyond those in the file: views repeat what they look at
 
 
-def load_archive(path: Path, *, trusted: bool = False) -> nn.Module:
+def load_archive(path: Path, *, trusted: bool = False) -> fx.GraphModule:
     """The program in the archive at `path` as a module, with its example inputs (see `example_of`).
 
     Args:
@@ -54,7 +52,7 @@ def load_archive(path: Path, *, trusted: bool = False) -> nn.Module:
                 f"{path} {error}, which reparam does not load unasked; if you trust the source, pass --allow-pickle"
             ) from None
     try:
-        with quiet(), _without_logs():
+        with quiet():
             program = torch.export.load(path)
             module = graph_module(program)
     except Exception as error:  # a damaged program may raise nearly anything
@@ -62,19 +60,25 @@ def load_archive(path: Path, *, trusted: bool = False) -> nn.Module:
             f"{path} cannot be read by torch {torch.__version__} ({type(error).__name__}: {first_line(error)}); "
             "export the model again with this version"
         ) from error
-    plain = fx.GraphModule(module, module.graph, "ExportedProgram")
-    plain.training = False
-    example = program.example_inputs
-    if example is not None:
-        plain.meta[_EXAMPLE] = Inputs(tuple(example[0]), dict(example[1]))
+    plain = as_plain(module)
+    if program.example_inputs is not None:
+        args, kwargs = program.example_inputs
+        plain.meta[_EXAMPLE] = Inputs(tuple(args), dict(kwargs))
     return plain
 
 
-def example_of(model: nn.Module) -> Inputs | None:
+def example_of(model: object) -> Inputs | None:
     """The example inputs that a model was exported with; None if it was not, or without."""
     meta = getattr(model, "meta", None)
     found = meta.get(_EXAMPLE) if isinstance(meta, Mapping) else None
     return found if isinstance(found, Inputs) else None
+
+
+def as_plain(module: fx.GraphModule) -> fx.GraphModule:
+    """An exported program's module without what torch.export adds to it, so that it is used like any other."""
+    plain = fx.GraphModule(module, module.graph, "ExportedProgram")
+    plain.training = False
+    return plain
 
 
 def _audit(path: Path) -> None:
@@ -91,7 +95,8 @@ def _audit(path: Path) -> None:
     programs = [name for name in names if name.startswith("models/")]
     if programs != ["models/model.json"]:
         raise InputError(
-            f"{path} holds {len(programs)} programs where one called 'model' is expected; save it with torch.export.save"
+            f"{path} holds {len(programs)} programs, where one called 'model' is expected; save that one with "
+            "torch.export.save"
         )
     audit_program(_json(reader, programs[0], path))
     for kind in ("weights", "constants"):
@@ -141,14 +146,3 @@ def _json(reader: Any, name: str, path: Path) -> Any:
     if not isinstance(found, dict):
         raise InputError(f"{path} has a damaged {name}; copy or download it again")
     return found
-
-
-@contextmanager
-def _without_logs() -> Iterator[None]:
-    """torch logs the traceback of what it then raises."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -2,8 +2,8 @@
 
 torch's own reader looks operators up by name in all of Python's `torch` module, evaluates symbolic sizes with `sympify`
 (which is `eval`) and executes the guards as source code. So everything in the program is checked first, and what is
-not known to be harmless ends the reading: operators by an allow-list, expressions and guards by their syntax tree, names
-by their characters, and structures by their types.
+not known to be harmless ends the reading: operators by an allow-list, expressions and guards by their syntax tree,
+names by their characters, and structures by their types.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _FILES = {"from_file", "save"}  # the operators of torch that open a file
 _HIGHER_ORDER = {"cond", "map_impl", "while_loop", "scan", "wrap_with_set_grad_enabled", "wrap_with_autocast"}
 _PYTHON = set(
     """
-    abs add and_ contains eq floordiv ge getitem gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub truediv
-    xor
+    abs add and_ contains eq floordiv ge getitem gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub
+    truediv xor
     """.split()
 )
 _STRUCTURES = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
@@ -205,7 +205,7 @@ def _check_power(exponent: ast.AST | None, text: str) -> None:
     if isinstance(exponent, ast.UnaryOp):
         exponent = exponent.operand
     small = isinstance(exponent, ast.Constant) and type(exponent.value) in (int, float)
-    if not small or abs(exponent.value) > _MOST_DIGITS_OF_A_POWER:  # type: ignore[union-attr, operator, arg-type]
+    if not small or abs(exponent.value) > _MOST_DIGITS_OF_A_POWER:  # type: ignore[union-attr]
         raise UnsafeError(f"has the power {text[:80]!r}")
 
 

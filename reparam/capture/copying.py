@@ -7,12 +7,13 @@ in turn, and only attributes that are neither plain values nor torch's own dicti
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
+
+from reparam.quiet import without_copying_warnings
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, type)
 # Classes of torch repair old pickles in __setstate__; on a live module that changes nothing.
@@ -40,8 +41,7 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         made: nn.Module = memo[id(module)]
         return made
     if not _is_usual(type(module)):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec")  # torch's own graph modules, copied
+        with without_copying_warnings():
             return copy.deepcopy(module, memo)
     twin = type(module).__new__(type(module))
     memo[id(module)] = twin

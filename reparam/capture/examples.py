@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from reparam.capture.archives import example_of
 from reparam.capture.imports import first_line
 from reparam.capture.load import default_input_size
 from reparam.errors import InputError
@@ -73,7 +74,8 @@ def example_inputs(
     """Draws inputs for `model`: floats from N(0, 1) in the model's dtype, integers that every embedding in it accepts.
 
     Args:
-        specs: as on the command line; none takes the size that the model tells of itself.
+        specs: as on the command line; none takes the inputs that the model was exported with, or draws them in the size
+            that it tells of itself.
 
     Returns:
         The inputs, and the specification they were drawn from.
@@ -86,6 +88,9 @@ def example_inputs(
     if len(set(names)) != len(names):
         raise InputError("--input gives one name twice; give each input its own")
     if not parsed:
+        exported_with = example_of(model)
+        if exported_with is not None:
+            return _adapted(exported_with, model)
         shape = default_input_size(model)
         if shape is None:
             raise InputError(
@@ -98,6 +103,13 @@ def example_inputs(
     tensors = [(spec.name, _draw(spec, model, generator).to(device)) for spec in parsed]
     args = tuple(tensor for name, tensor in tensors if name is None)
     return Inputs(args, {name: tensor for name, tensor in tensors if name is not None}), parsed
+
+
+def _adapted(example: Inputs, model: nn.Module) -> tuple[Inputs, tuple[InputSpec, ...]]:
+    """Inputs from an archive, in the dtype that the model has by now."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    inputs = example if dtype is None else example.to(dtype)
+    return inputs, tuple(InputSpec(tuple(tensor.shape), dtype=tensor.dtype) for tensor in inputs.tensors())
 
 
 def _draw(spec: InputSpec, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
@@ -120,7 +132,7 @@ def check_runs(model: nn.Module, inputs: Inputs, specs: Sequence[InputSpec], *, 
     """
     running: list[str] = []
     handles = []
-    for name, module in model.named_modules():
+    for name, module in () if isinstance(model, torch.jit.ScriptModule) else model.named_modules():
         label = f"{name} ({type(module).__name__})" if name else type(module).__name__
         handles.append(module.register_forward_pre_hook(partial(_enter, running, label)))
         handles.append(module.register_forward_hook(partial(_leave, running)))

@@ -65,8 +65,7 @@ def _attempts(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Inputs, Any]]:
         arguments = dict(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)
     except (TypeError, ValueError):
         arguments = {}
-    batches = {tensor.shape[0] for tensor in inputs.tensors() if tensor.ndim}
-    larger = inputs.map(lambda t: torch.cat([t, t]) if t.ndim else t) if batches == {1} else inputs
+    larger = of_two(inputs)
     auto = torch.export.Dim.AUTO
 
     def axes(leaf: Any, image: bool) -> Any:
@@ -78,6 +77,12 @@ def _attempts(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Inputs, Any]]:
         for image in (True, False):
             yield larger, pytree.tree_map(lambda leaf, image=image: axes(leaf, image), arguments)
     yield inputs, None
+
+
+def of_two(inputs: Inputs) -> Inputs:
+    """The example as a batch of two if it is one of one: an axis of size 1 is taken for fixed."""
+    batches = {tensor.shape[0] for tensor in inputs.tensors() if tensor.ndim}
+    return inputs.map(lambda t: torch.cat([t, t]) if t.ndim else t) if batches == {1} else inputs
 
 
 class Origins:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reparam.capture.arch import FORMS, Arch, build_arch
+from reparam.capture.archives import load_archive
 from reparam.capture.checkpoint import (
     check_finite,
     find_models,
@@ -22,13 +23,11 @@ from reparam.capture.checkpoint import (
 from reparam.capture.formats import Format, identify
 from reparam.capture.imports import printable
 from reparam.capture.pickles import read_pickle
+from reparam.capture.scripts import load_script
 from reparam.errors import InputError
 
-_NO_MODULE = {
-    Format.EXPORT_ARCHIVE: "a torch.export archive, in which the model is already lowered",
-    Format.TORCHSCRIPT: "a TorchScript archive, in which the model is already compiled",
-    Format.ONNX: "an ONNX file",
-}
+_WHOLE = {Format.EXPORT_ARCHIVE: "torch.export archive", Format.TORCHSCRIPT: "TorchScript archive"}
+"""Formats in which the model stands complete: there is nothing to choose or to build."""
 
 
 def load(
@@ -43,8 +42,10 @@ def load(
 ) -> nn.Module:
     """Loads a trained model in eval mode. The format is told from the file's content.
 
-    Taken are files of `torch.save` (a whole model, a state dict, or a training checkpoint with either in it) and
-    safetensors. No file runs code: a pickle may name torch's own layers and what `allow_classes` adds, nothing else.
+    Taken are files of `torch.save` (a whole model, a state dict, or a training checkpoint with either in it),
+    safetensors, archives of `torch.export.save` (a graph module is made of them, which has its example inputs with it)
+    and TorchScript archives (which stay a `ScriptModule`; `fuse` converts it). No file runs code: a pickle may name
+    torch's own layers and what `allow_classes` adds, nothing else, and archives hold what is known to be harmless.
 
     Args:
         path: the file.
@@ -54,7 +55,7 @@ def load(
         key: where in a checkpoint the model or the weights stand, if there are several: `ema`, `state.generator`.
         allow_classes: classes the file may make, as objects or by name: `pkg.mod.Class`, `OLD.NAME=NEW.NAME`, `pkg.*`.
         allow_pickle: let the file run any code it likes.
-        map_location: device of the weights, as in `torch.load`.
+        map_location: device of the weights, as in `torch.load`; archives are loaded to the CPU.
 
     Raises:
         InputError: one sentence that says what is wrong with the file and what to do.
@@ -84,11 +85,18 @@ def _load(
     map_location: Any,
 ) -> nn.Module:
     file_format = identify(file)
-    if file_format in _NO_MODULE:
+    if file_format is Format.ONNX:
         raise InputError(
-            f"{file} is {_NO_MODULE[file_format]}; reparam needs the PyTorch model: "
-            "pass the file that torch.save wrote, or a state dict and --arch"
+            f"{file} is an ONNX file; reparam needs the PyTorch model: pass the file that torch.save or "
+            "torch.export.save wrote, or a state dict and --arch"
         )
+    if file_format in _WHOLE:
+        for option, given in (("--arch", arch), ("--key", key)):
+            if given is not None:
+                raise InputError(f"{file} is a {_WHOLE[file_format]}, which holds the whole model; leave out {option}")
+        if file_format is Format.EXPORT_ARCHIVE:
+            return load_archive(file, trusted=allow_pickle)
+        return load_script(file, trusted=allow_pickle)
     if file_format is Format.SAFETENSORS:
         content: Any = read_safetensors(file, map_location)
     else:

@@ -13,7 +13,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from types import CodeType, FrameType
 from typing import Any
@@ -84,7 +84,7 @@ class ValueProxy(fx.Proxy):
         if isinstance(value, (tuple, list, dict)) and type(key) in (int, str, bool):
             try:
                 item = value[key]
-            except (IndexError, KeyError) as error:
+            except (IndexError, KeyError):
                 if is_argument(self):
                     self.tracer.check_members(self)
                 raise
@@ -279,7 +279,7 @@ def _attribute_of(proxy: Any, name: str) -> Any:
     return attribute
 
 
-@lru_cache(maxsize=None)
+@cache
 def _asks_for_identity(code: CodeType) -> bool:
     """Whether a function has an `is` other than `is None`: `x.dtype is torch.half` cannot be told from outside."""
     instructions = list(dis.get_instructions(code))

@@ -14,7 +14,6 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-
 _PLAIN = (bool, int, float, str, bytes)
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
@@ -25,7 +24,9 @@ class Memory:
     """What every module in `root` holds: attributes (containers one level deep), parameters, buffers, submodules."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._modules = dict(root.named_modules())
+        self._modules = {
+            name: module for name, module in root.named_modules() if not isinstance(module, torch.jit.ScriptModule)
+        }
         self._before = {name: _held(module) for name, module in self._modules.items()}
         self._contents: dict[str, dict[str, Any]] = {}
         self._versions: list[tuple[str, torch.Tensor, int]] = []
@@ -43,6 +44,8 @@ class Memory:
 
     def changed_in(self, name: str) -> list[str]:
         """The attributes of the module `name` that are others now."""
+        if name not in self._before:
+            return []
         before, now, contents = self._before[name], _held(self._modules[name]), self._contents.get(name, {})
         keys = [key for key, value in now.items() if before.get(key, self) is not value]
         keys = [key for key in keys if not _same(before.get(key, self), now[key])]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import traceback
 import warnings
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
     notes: tuple[str, ...] = (
         ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
     )
-    notes += (*_size_notes(traced), *about_state)
+    notes += (*_size_notes(traced), *_guards(traced.root, inputs), *about_state)
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
 
@@ -133,7 +134,6 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
     try:
         with torch.random.fork_rng(devices=[]):
             program = export(private_copy(model), inputs.clone())
-        _make_guards_plain(program, inputs)
         captured = _symbolic(program, inputs, leaves)
         if not graph_answers_as(model, inputs, captured.root, captured.graph):
             raise CaptureError(f"{name} cannot be exported: the program answers the example otherwise")
@@ -153,6 +153,9 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
     return replace(captured, how="export", name=name, notes=notes)
 
 
+_FIXED_SIZE = re.compile(r"(\w+)\.size\(\)\[(\d+)\] == (\d+)")
+
+
 class _Check(nn.Module):
     """A guard of torch.export, as a module that can be traced."""
 
@@ -164,13 +167,29 @@ class _Check(nn.Module):
         self.guard(*inputs)
 
 
-def _make_guards_plain(program: fx.GraphModule, inputs: Inputs) -> None:
-    """The guards of an exported program are a function made at run time, which cannot be pickled; a graph can."""
-    guards = program._modules.get("_guards_fn")
-    if isinstance(guards, Guards):
-        given = Inputs(tuple(pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))))
+def _guards(root: nn.Module, inputs: Inputs) -> tuple[str, ...]:
+    """Makes the guards of an exported program, a function made at run time, a graph, which can be pickled.
+
+    Returns:
+        A note on the sizes that they hold fixed.
+    """
+    guards = root._modules.get("_guards_fn")
+    if not isinstance(guards, Guards):
+        return ()
+    given = Inputs(tuple(pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))))
+    if not isinstance(guards.check, fx.GraphModule):
         traced = _traced(_Check(guards.check), given, Leaves(), compute=False)
         guards.check = fx.GraphModule(traced.root, traced.graph)
+    ranks = {tensor.ndim for tensor in given.tensors()}
+    fixed = [
+        f"{name}.shape[{axis}] == {size}"
+        for node in guards.check.graph.find_nodes(op="call_function", target=torch._assert)
+        for name, axis, size in _FIXED_SIZE.findall(str(node.args[1]))
+        if axis == "0" or (int(axis) > 1 and min(ranks) > 3)
+    ]
+    if not fixed:
+        return ()
+    return (f"torch.export fixed what may vary in other models: {', '.join(dict.fromkeys(fixed))}",)
 
 
 def _stopped(error: CaptureError) -> str:

@@ -217,7 +217,7 @@ class ValueTracer(fx.Tracer):
             return type(m).__base__ in self._leaves  # else its weights are computed in the graph, and then only once
         if type(m).__module__.startswith("torch.nn.utils."):
             return False
-        if type(m) is Guards:
+        if type(m) is Guards or isinstance(m, torch.jit.ScriptModule):
             return True
         return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
 

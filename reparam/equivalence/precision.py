@@ -19,6 +19,7 @@ from reparam.equivalence.outputs import Flat, flatten
 from reparam.errors import InputError
 from reparam.inputs import Inputs
 from reparam.lazy import Guarded, Lazy, WrittenError, lean_copy, pairs_of_blocks, shared_storages
+from reparam.quiet import without_copying_warnings
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -90,14 +91,16 @@ def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None)
     """
     try:
         lazy = {id(one): nn.Parameter(one.whole(), False) for one in module.parameters() if isinstance(one, Lazy)}
-        duplicate = copy.deepcopy(module, cast(Any, lazy))
+        with without_copying_warnings():
+            duplicate = copy.deepcopy(module, cast(Any, lazy))
     except Exception as error:
         raise InputError(f"the {what} cannot be copied, so it cannot be verified ({first_line(error)})") from error
     # An exported program's module has no modes: what it does was fixed when it was exported.
     with contextlib.suppress(NotImplementedError):
         duplicate.eval()
     if dtype is not None:
-        duplicate.double() if dtype == torch.float64 else duplicate.float()
+        with without_copying_warnings():
+            duplicate.double() if dtype == torch.float64 else duplicate.float()
         for part in duplicate.modules():
             for name, value in vars(part).items():
                 if isinstance(value, torch.Tensor) and value.is_floating_point():

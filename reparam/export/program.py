@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 from reparam.errors import ExportError
 from reparam.export.shapes import TRACED_BATCH, Freedom, resized
 from reparam.inputs import Inputs
-from reparam.quiet import deepest, quiet, reason
+from reparam.quiet import deepest, quiet, reason, without_copying_warnings
 
 
 def private_copy(module: nn.Module) -> nn.Module:
     """A copy in eval mode, so that nothing done while exporting reaches the caller's module."""
     try:
-        return copy.deepcopy(module).eval()
+        with without_copying_warnings():
+            return copy.deepcopy(module).eval()
     except Exception as error:
         raise ExportError(
             f"{type(module).__name__} cannot be copied for export ({reason(error)}); remove what cannot be copied first"

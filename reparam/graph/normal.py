@@ -298,8 +298,6 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-
-
 def _has_effect(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
