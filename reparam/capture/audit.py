@@ -71,7 +71,7 @@ def _check(value: Any, key: str) -> None:
         for name, item in value.items():
             if not _NAME.fullmatch(name):
                 raise UnsafeError(f"has the name {name!r}")
-            if name in ("as_custom_obj", "custom_obj_values") and item:
+            if name in ("as_custom_obj", "custom_obj", "custom_obj_values") and item:
                 raise UnsafeError("holds a compiled object of its own")
             _check(_harmless_metadata(item) if name == "metadata" else item, name)
     elif isinstance(value, list):

@@ -18,9 +18,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from reparam.capture.aten import spell_out
+from reparam.capture.imports import printable
 from reparam.checks import Guards
 from reparam.inputs import Inputs
 from reparam.quiet import quiet
+
+_MOST_CHARACTERS = 200
+"""Of a name from a file, which can hold any text."""
 
 
 def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -110,11 +114,11 @@ class Origins:
 def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(entry[0]) for key, entry in stack.items() if not key.startswith("_empty")]
-    return paths[-1] if paths else ""
+    return printable(paths[-1], _MOST_CHARACTERS) if paths else ""
 
 
 def _source(node: fx.Node) -> str | None:
     """The last line of the user's own code in the node's stack trace."""
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [(file, line) for file, line in lines if "/torch/" not in file and not file.startswith("<")]
-    return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else None
+    return printable(f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}", _MOST_CHARACTERS) if own else None

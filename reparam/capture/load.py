@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from pathlib import Path
@@ -62,7 +63,9 @@ def load(
     """
     file = Path(fspath(path)).expanduser()
     try:
-        model = _load(file, arch, arch_args, key, allow_classes, allow_pickle, map_location)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # a damaged file can hold one
+            model = _load(file, arch, arch_args, key, allow_classes, allow_pickle, map_location)
         check_finite(model, file)
         return model.eval()
     except InputError as error:

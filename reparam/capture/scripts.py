@@ -8,6 +8,8 @@ refused.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def load_script(path: Path, *, trusted: bool = False) -> torch.jit.ScriptModule:
     """
     if not trusted:
         _audit(path)
+        _require_survivors(path)
     try:
         with quiet():
             loaded = torch.jit.load(path, map_location="cpu")
@@ -132,6 +135,19 @@ def _audit_code(code: str, path: Path) -> None:
         raise InputError(f"{path} asks for the operators of {min(unknown)!r}, {_REMEDY}")
     if "getattr" in code and "\\" in code:
         raise InputError(f"{path} has an attribute with an escaped name in its code, {_REMEDY}")
+
+
+_PROBE = "import sys, warnings; warnings.simplefilter('ignore'); import torch; torch.jit.load(sys.argv[1])"
+
+
+def _require_survivors(path: Path) -> None:
+    """Loads the archive in a process of its own: torch's reader ends the process for some damaged ones."""
+    try:
+        ended = subprocess.run([sys.executable, "-c", _PROBE, str(path)], capture_output=True, timeout=600, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if ended.returncode < 0:
+        raise InputError(f"{path} is a damaged TorchScript archive (torch crashes on it); copy or download it again")
 
 
 def _text(reader: Any, name: str, path: Path) -> str:

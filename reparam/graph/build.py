@@ -11,6 +11,7 @@ from torch import fx, nn
 from reparam.graph.emit import Constant, Layer
 from reparam.graph.nodes import set_module
 from reparam.lazy import lean_copy
+from reparam.quiet import without_copying_warnings
 
 
 def built(root: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
@@ -40,7 +41,10 @@ def unshared(module: Module, model: nn.Module) -> Module:
 def float64_copy(module: nn.Module) -> nn.Module:
     """A copy in float64; its large weights are cast whenever they are read, if it can be copied so."""
     lean = lean_copy(module, torch.float64)
-    return copy.deepcopy(module).double() if lean is None else lean
+    if lean is not None:
+        return lean
+    with without_copying_warnings():
+        return copy.deepcopy(module).double()
 
 
 def float64_twin(module: fx.GraphModule) -> fx.GraphModule:

@@ -203,24 +203,6 @@ def poisoned(name: str, value: float) -> Callable[[Path], Path]:
     return make
 
 
-def scripted(folder: Path) -> Path:
-    class Square(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * x
-
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.trace(Square(), torch.ones(1)).save(str(folder / "script.pt"))
-    return folder / "script.pt"
-
-
-def exported(folder: Path) -> Path:
-    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), folder / "model.pt2")
-    return folder / "model.pt2"
-
-
 def onnx_file(folder: Path) -> Path:
     import onnx
     from onnx import TensorProto, helper
@@ -269,8 +251,6 @@ BAD: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "wrong key": (saved(lambda: {"model": state(plain())}), {"key": "ema"}, "nothing under --key ema; it holds model"),
     "nan": (poisoned("0.weight", float("nan")), {}, r"weight 0\.weight holds NaN \(1 element\)"),
     "inf": (poisoned("1.running_var", float("inf")), {}, r"1\.running_var holds infinity"),
-    "torchscript": (scripted, {}, "TorchScript archive.*needs the PyTorch model"),
-    "exported": (exported, {}, r"torch\.export archive.*needs the PyTorch model"),
     "onnx": (onnx_file, {}, "ONNX file.*needs the PyTorch model"),
     "protocol": (saved(plain, pickle_protocol=4), {}, "pickle_protocol above 2"),
     "no colon": (saved(lambda: state(plain())), {"arch": "resnet18"}, "no known form"),
