@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,15 @@ import torch
 from torch import nn
 
 from reparam.bench import Timing, benchmark
-from reparam.capture.examples import InputSpec, check_runs, example_inputs
-from reparam.capture.load import load
 from reparam.equivalence import Comparison, verify
 from reparam.errors import ExportError, InputError, NotEquivalentError
 from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
 from reparam.inputs import Inputs
 from reparam.pipeline import fuse
 from reparam.report import Report
+from reparam.source import Source
 
 Progress = Callable[[str], None]
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 _ENDINGS = {"onnx": ".onnx", "archive": ".pt2"}
 _SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".pkl", ".model"),
@@ -35,34 +33,21 @@ _SUFFIXES = (
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Source):
     """What `run` is asked to do.
 
     Attributes:
-        path: the model file.
-        arch, arch_args, key, allow_classes, allow_pickle: as for `reparam.load`.
-        inputs: sizes of the example inputs (`1x3x224x224`, `ids=1x77:int64`); empty asks the model.
         out: where to write: a folder (which exists, or whose path ends in a separator), or a path to which `.onnx` and
             `.pt2` are added; None is beside the model, as `NAME.fused.onnx` and `NAME.fused.pt2`.
-        dtype: convert the model to this dtype first; None keeps its own.
         capture: how the graph is captured; as for `reparam.fuse`.
         objective, machine: what to have least of, and on which machine; as for `reparam.fuse`.
         explain: whether to report what was compared for each region.
         fixed_sizes: whether the fused model may run at the example's sizes only, the batch apart.
         onnx, archive: which files to write.
         bench: whether to measure latency; `bench_seconds` long.
-        seed: of the drawn inputs, of verification and of the order of measurements.
     """
 
-    path: str
-    arch: str | None = None
-    arch_args: Mapping[str, Any] = field(default_factory=dict)
-    key: str | None = None
-    allow_classes: tuple[str, ...] = ()
-    allow_pickle: bool = False
-    inputs: tuple[str, ...] = ()
     out: str | None = None
-    dtype: str | None = None
     capture: str = "auto"
     objective: str = "latency"
     machine: str | None = None
@@ -72,7 +57,6 @@ class Request:
     archive: bool = True
     bench: bool = True
     bench_seconds: float = 5.0
-    seed: int = 0
 
 
 def run(request: Request, progress: Progress | None = None) -> Report:
@@ -94,7 +78,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     stages = _Stages(progress)
     targets = output_paths(request)
     with stages("loading the model"):
-        model, inputs, specs = _load(request)
+        model, inputs, specs = request.load()
     result = fuse(
         model,
         inputs,
@@ -147,24 +131,6 @@ def _explained(report: Report) -> Iterator[None]:
             f"{error}; the model could be fused in parts only, and such a model runs in Python: call reparam.fuse, or "
             "pass --no-archive --no-onnx for the report alone"
         ) from error
-
-
-def _load(request: Request) -> tuple[nn.Module, Inputs, tuple[InputSpec, ...]]:
-    model = load(
-        request.path,
-        request.arch,
-        arch_args=request.arch_args,
-        key=request.key,
-        allow_classes=request.allow_classes,
-        allow_pickle=request.allow_pickle,
-    )
-    if request.dtype is not None:
-        if request.dtype not in DTYPES:
-            raise InputError(f"--dtype {request.dtype} is not known; choose among {', '.join(DTYPES)}")
-        model = model.to(DTYPES[request.dtype])
-    inputs, specs = example_inputs(model, request.inputs, seed=request.seed)
-    check_runs(model, inputs, specs, given=bool(request.inputs))
-    return model, inputs, specs
 
 
 def _verify_onnx(model: nn.Module, session: OnnxSession, file: OnnxFile, inputs: Inputs, seed: int) -> Comparison:

@@ -50,8 +50,11 @@ MAY_IMPORT["piece"] = MAY_IMPORT["pipeline"]
 MAY_IMPORT["partial"] = (*MAY_IMPORT["piece"], "reparam.piece")
 MAY_IMPORT["pipeline"] = (*MAY_IMPORT["partial"], "reparam.partial")
 MAY_IMPORT["__init__"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline")
-MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam")
-MAY_IMPORT["cli"] = (*MAY_IMPORT["workflow"], "reparam.workflow")
+MAY_IMPORT["source"] = ("reparam.capture",)
+MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam", "reparam.source")
+MAY_IMPORT["compare"] = ("reparam.bench", "reparam.capture", "reparam.equivalence", "reparam.export", "reparam.source")
+MAY_IMPORT["cli"] = (*MAY_IMPORT["workflow"], "reparam.workflow", "reparam.compare", "reparam.source")
+MAY_IMPORT["__main__"] = ("reparam.cli",)
 
 FX_ROOMS = {"capture", "graph", "passes", "piece", "partial"}
 ONNX = re.compile(r"(onnx\w*|torch\.onnx)(\.|$)")

@@ -8,7 +8,9 @@ neither a huge channel hides a fault in another one, nor a large interior a faul
 
 `luck` is 1 for many independent values and grows where the comparison has few: the logarithm of the ratio of two RMS
 values of m normal samples each has standard deviation 1/sqrt(m) (Fisher 1924); three of those are allowed. Samples are
-counted as distinct values, because a constant input makes all positions of a channel one sample.
+counted as distinct values, because a constant input makes all positions of a channel one sample; and not many for each
+distinct value of the input. Slices are granted it only where the kernels are not the original's: else the two errors
+share what chance did.
 
 A slice whose own noise is small by luck, or because its values cancel to nearly nothing, is granted the noise that is
 typical of its peers: the median of noise over scale times its own scale, and the (lower) medians of noise and of scale.
@@ -110,7 +112,15 @@ class Judgement:
 
 
 def judge(
-    error: Spread, noise: Spread, truth: Spread, *, factor: float, floor: float, samples: int, typical: float = 0.0
+    error: Spread,
+    noise: Spread,
+    truth: Spread,
+    *,
+    factor: float,
+    floor: float,
+    samples: int,
+    typical: float = 0.0,
+    paired: bool = True,
 ) -> Judgement:
     """Holds an error against the noise.
 
@@ -120,15 +130,17 @@ def judge(
         floor: share of the scale (RMS for RMS, peak for peak) that is allowed besides.
         samples: independent values in the tensor.
         typical: noise over scale that is known to be typical of this output, from other inputs.
+        paired: whether both errors are of the same kernels.
     """
     luck = math.exp(LUCK_DEVIATIONS / math.sqrt(max(samples, 1)))
+    slice_factor = factor if paired else factor * luck
     bar = factor * luck * max(noise.rms, typical * truth.rms) + floor * truth.rms
     worst = Judgement(_ratio(error.rms, bar), "the whole tensor")
     for axis, (errors, noises, truths) in enumerate(zip(error.slices, noise.slices, truth.slices, strict=True)):
         if errors[0].numel() < 2:
             continue
         for kind in (0, 1):
-            ratios = _slice_ratios(errors[kind], noises[kind], truths[kind], factor, floor, typical)
+            ratios = _slice_ratios(errors[kind], noises[kind], truths[kind], slice_factor, floor, typical)
             index = int(ratios.argmax())
             if float(ratios[index]) > worst.ratio:
                 worst = Judgement(float(ratios[index]), f"index {index} of dim {axis}")

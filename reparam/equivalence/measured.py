@@ -45,6 +45,7 @@ class Runs:
         rounded64: the candidate in float64 with its changed weights disturbed by a rounding, to see what that costs;
             None if none were changed.
         algebra_is_exact: whether `candidate64` has unrounded weights, so that the algebra needs no allowance for that.
+        given: how many different values the input has; None if that is not known.
         noise: the original in `noise_dtype`, where the deployment dtype is float64 and shows no noise of its own.
     """
 
@@ -53,6 +54,7 @@ class Runs:
     candidate: Flat
     candidate64: Flat | None = None
     rounded64: Flat | None = None
+    given: int | None = None
     noise: Flat | None = None
     noise_dtype: torch.dtype | None = None
     algebra_is_exact: bool = False

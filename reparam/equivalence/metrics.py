@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from reparam.equivalence.comparison import Location
+from reparam.inputs import Inputs
 
 # Enough to tell one sample from many; counting more costs a sort of the whole tensor.
 _MAX_COUNTED = 1 << 14
@@ -87,6 +88,11 @@ def location(index: tuple[int, ...], shape: tuple[int, ...]) -> Location:
         return "no spatial dims"
     at_border = any(i in (0, size - 1) for i, size in zip(index[2:], shape[2:], strict=True))
     return "border" if at_border else "interior"
+
+
+def distinct_values(inputs: Inputs) -> int:
+    """How many different values the tensors of an input have, of those that `distinct` counts, together."""
+    return sum(distinct(tensor.double(), torch.float32) for tensor in inputs.tensors() if tensor.numel())
 
 
 def distinct(values: torch.Tensor, dtype: torch.dtype) -> int:

@@ -21,6 +21,7 @@ from reparam.equivalence.comparison import CaseResult, Comparison
 from reparam.equivalence.gather import Ran, gather
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
+from reparam.equivalence.metrics import distinct_values
 from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.precision import (
     PrivateCopy,
@@ -217,6 +218,7 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
         candidate,
         candidate64,
         rounded64,
+        distinct_values(case.inputs),
         noise,
         None if noise is None else torch.float32,
         session.exact,

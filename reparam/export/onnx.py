@@ -181,7 +181,7 @@ def _write(
     relevant = _relevant(answers, built.open_batch, built.open_size)
     weights = {**dict(plan.module.named_parameters()), **dict(plan.module.named_buffers())}
     check_weights(onnx.load(str(staged)), weights)
-    checked: Checked = check_file(staged, plan.input_names, relevant)
+    checked: Checked = check_file(staged, plan.module, relevant)
     kept = False
     notes = [*built.notes, *checked.notes]
     if freedom.batch and not built.open_batch:
@@ -192,7 +192,7 @@ def _write(
     if simplify and external:
         notes.append("not simplified: the weights exceed what onnxsim can hold")
     elif simplify:
-        smaller, note = simplified(staged, plan.input_names, relevant, weights)
+        smaller, note = simplified(staged, plan.module, relevant, weights)
         if note:
             notes.append(note)
         if smaller is not None:

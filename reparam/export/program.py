@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from reparam.errors import ExportError
 from reparam.export.shapes import TRACED_BATCH, Freedom, resized
 from reparam.inputs import Inputs
 from reparam.quiet import deepest, quiet, reason, without_copying_warnings
+
+PATIENCE = 60.0
+"""Seconds for a trace with open image axes; most take less than ten, and without such axes it can still be done."""
 
 
 def private_copy(module: nn.Module) -> nn.Module:
@@ -89,12 +95,25 @@ def trace(module: nn.Module, inputs: Inputs, freedom: Freedom, name: str = "") -
 
     shapes = pytree.tree_map(axes, argument_names(module, inputs))
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _Patience(PATIENCE if freedom.size else math.inf):
             return torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ExportError(
             f"torch.export cannot capture {name or type(module).__name__}: {reason(error)}{_source(error)}"
         ) from error
+
+
+class _Patience(TorchFunctionMode):
+    """Stops a trace after so many seconds, at the next operation: expressions of open sizes can grow without end."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._end = time.monotonic() + seconds
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self._end:
+            raise TimeoutError("its sizes become too long expressions")
+        return func(*args, **(kwargs or {}))
 
 
 def _source(error: BaseException) -> str:

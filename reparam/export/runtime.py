@@ -71,6 +71,17 @@ class OnnxSession:
         tensors = iter(flat)
         return pytree.tree_unflatten([next(tensors) if p else None for p in self._present], self._structure)
 
+    def takes_other_sizes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the file leaves every axis but the channels open, for tensors given in the order of a call."""
+        shapes = {value.name: value.shape for value in self._session.get_inputs()}
+        return all(
+            not isinstance(shapes[name][axis], int)
+            for name, tensor in zip(self._names, tensors, strict=False)
+            if name in shapes and len(shapes[name]) == tensor.ndim
+            for axis in range(tensor.ndim)
+            if axis != 1
+        )
+
     def run_flat(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Runs the file on tensors in the order in which the exported call had them.
 

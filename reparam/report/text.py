@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from reparam.bench import Timing
+    from reparam.equivalence import Comparison
     from reparam.passes.base import Candidate, Choice
     from reparam.report.values import Report
 
@@ -161,36 +162,58 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
+def render_comparison(subject: str, comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
+    """Prints one comparison; with `verbose` also the verdict on each case."""
+    for line in _comparison(subject, comparison):
+        console.print(line)
+    if verbose:
+        for case in comparison.cases:
+            reason = f": {_sentence((*case.failures, *case.notes)[0])}" if case.failures or case.notes else ""
+            console.print(_indented(Text(f"{case.name}: {case.status}{reason}", style="dim"), 2))
+
+
+def render_timing(timing: Timing, console: Console) -> None:
+    """Prints one measurement of latency."""
+    for line in _timing("", timing):
+        console.print(line)
+
+
 def _equivalence(report: Report) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for subject, comparison in (("fused model", report.comparison), ("ONNX file", report.onnx_comparison)):
-        if comparison is None:
-            continue
-        style = "green" if comparison.passed else "bold red"
-        lines.append(Text.assemble(f"{subject}: ", (comparison.summary(), style)))
-        lines += [_indented(Text(_sentence(failure), style="red"), 2) for failure in comparison.failures[1:6]]
-        lines += [_indented(Text(_sentence(note), style="dim"), 2) for note in comparison.notes]
+        if comparison is not None:
+            lines += _comparison(subject, comparison)
     return lines
+
+
+def _comparison(subject: str, comparison: Comparison) -> list[RenderableType]:
+    style = "green" if comparison.passed else "bold red"
+    return [
+        Text.assemble(f"{subject}: ", (comparison.summary(), style)),
+        *(_indented(Text(_sentence(failure), style="red"), 2) for failure in comparison.failures[1:6]),
+        *(_indented(Text(_sentence(note), style="dim"), 2) for note in comparison.notes),
+    ]
 
 
 def _latency(report: Report) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for subject, timing in (("", report.timing), ("in onnxruntime", report.onnx_timing)):
-        if timing is None:
-            continue
-        if timing.runs == 0:
-            lines.append(Text("not measured: it was interrupted before the first round was complete"))
-            continue
-        threads = f"{timing.threads} thread{'s' if timing.threads != 1 else ''}"
-        partial = ", interrupted" if timing.partial else ""
-        lines.append(
-            Text(
-                f"{subject + ' ' if subject else ''}on {timing.hardware}, {threads}, {timing.runs} paired runs{partial}"
-            )
-        )
-        lines.append(_timing_table(timing))
-        lines += [Text(_sentence(warning), style="yellow") for warning in timing.warnings]
+        if timing is not None:
+            lines += _timing(subject, timing)
     return lines
+
+
+def _timing(subject: str, timing: Timing) -> list[RenderableType]:
+    if timing.runs == 0:
+        return [Text("not measured: it was interrupted before the first round was complete")]
+    threads = f"{timing.threads} thread{'s' if timing.threads != 1 else ''}"
+    partial = ", interrupted" if timing.partial else ""
+    where = f"{subject + ' ' if subject else ''}on {timing.hardware}"
+    return [
+        Text(f"{where}, {threads}, {timing.runs} paired runs{partial}"),
+        _timing_table(timing),
+        *(Text(_sentence(warning), style="yellow") for warning in timing.warnings),
+    ]
 
 
 def _timing_table(timing: Timing) -> Table:

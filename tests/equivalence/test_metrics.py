@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reparam.equivalence import metrics
-from reparam.equivalence.judge import judge, spread, with_weight_rounding
+from reparam.equivalence.judge import Judgement, judge, spread, with_weight_rounding
+from reparam.equivalence.measure import measure
+from reparam.equivalence.measured import Rules, Runs
+from reparam.equivalence.outputs import flatten
 
 values = st.floats(-1e6, 1e6, allow_nan=False).map(lambda v: 0.0 if abs(v) < 1e-6 else v)
 vectors = st.lists(st.tuples(values, values), min_size=1, max_size=20).map(
@@ -155,3 +158,28 @@ def test_ill_conditioned_weights_are_excused_only_up_to_a_limit() -> None:
 def test_the_judgement_does_not_depend_on_the_unit(seed: int, unit: float) -> None:
     truth, noise, error = _noise(seed, (2, 5)), 1e-7 * _noise(seed + 1, (2, 5)), 1e-7 * _noise(seed + 2, (2, 5))
     assert _judged(error * unit, noise * unit, truth * unit) == pytest.approx(_judged(error, noise, truth), rel=1e-9)
+
+
+def test_slices_of_another_runtime_are_granted_what_chance_does() -> None:
+    """Where the input repeats itself there are few independent errors, and other kernels make others of them."""
+    truth = torch.ones(64, 64, dtype=torch.float64)
+    noise = torch.full_like(truth, 1e-6)
+    error = noise.clone()
+    error[3, 5] = 1e-4
+
+    def held(samples: int, paired: bool) -> Judgement:
+        return judge(*map(spread, (error, noise, truth)), factor=2.0, floor=0.0, samples=samples, paired=paired)
+
+    assert held(16, True).where.startswith("index")
+    assert held(16, False).ratio < 0.5 * held(16, True).ratio
+    assert held(10**8, False).ratio == pytest.approx(held(10**8, True).ratio, rel=0.01)
+
+
+@pytest.mark.parametrize(("given", "samples"), [(None, 40), (1, 16), (2, 32), (100, 40)])
+def test_an_input_that_repeats_itself_is_few_samples(given: int | None, samples: int) -> None:
+    truth = torch.arange(40.0, dtype=torch.float64)
+    flat = flatten(truth.float())
+    runs = Runs(flatten(truth), flat, flat, given=given)
+    measured, failures = measure(runs, Rules())
+    assert not failures
+    assert measured[0].samples == samples

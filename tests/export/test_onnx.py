@@ -14,10 +14,10 @@ from torch import nn
 
 from reparam import fuse
 from reparam.errors import ExportError
-from reparam.export import OnnxFile, OnnxSession, export_onnx
+from reparam.export import OnnxFile, OnnxSession, export_onnx, program
 from reparam.export import onnx as export_module
-from reparam.export.check import check_weights, disagreement
-from reparam.export.shapes import tensor_leaves
+from reparam.export.check import check_weights, disagreement, rounding_of
+from reparam.export.shapes import Probe, tensor_leaves
 from reparam.inputs import Inputs
 from tests.export import nets
 
@@ -390,3 +390,48 @@ DIFFERENCES = [
 def test_disagreement(got: list[torch.Tensor], expected: list[torch.Tensor], phrase: str) -> None:
     assert phrase in disagreement(got, expected)
     assert bool(phrase) == bool(disagreement(got, expected))
+
+
+class _Amplifier(nn.Module):
+    """A sum that cancels: in float32 little of the answer is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return (y + 1e5) - 1e5  # type: ignore[no-any-return]
+
+
+def test_what_rounding_explains_is_no_disagreement() -> None:
+    model = _Amplifier().eval()
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answer = model(x)
+    noise = rounding_of(model, Probe(Inputs.of(x), (answer,)))
+    assert noise[0] > 1e-4
+    moved = answer + 2.0 * noise[0]
+    assert "off by" in disagreement([moved], [answer])
+    assert not disagreement([moved], [answer], noise)
+    assert "off by" in disagreement([answer + 10.0 * noise[0]], [answer], noise)
+
+
+class _OnlyFloat32(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float32
+        return x * 2
+
+
+def test_a_module_that_does_not_run_in_float64_excuses_nothing() -> None:
+    x = torch.ones(2, 3)
+    assert rounding_of(_OnlyFloat32(), Probe(Inputs.of(x), (x * 2,))) == [0.0]
+
+
+def test_sizes_whose_expressions_explode_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace with open image axes ends after a while, and one without them is made."""
+    monkeypatch.setattr(program, "PATIENCE", 0.0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    file = export_onnx(net, torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+    axes = next(iter(file.dynamic_axes.values()))
+    assert list(axes) == [0]
