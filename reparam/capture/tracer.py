@@ -7,14 +7,14 @@ with. Values of activations always do: control flow on them stops the trace.
 
 What is answered from the example and could be otherwise on another input is checked when the model runs: ranks,
 conditions and loops over sizes, and the structure of arguments that are containers (`checks.py`). What a graph
-cannot hold stops the trace: random numbers and tensors written to that depend on no input, another autocast.
+cannot hold stops the trace: numbers from random generators other than torch's, tensors written to that depend on no
+input, another autocast. A node that moved torch's generator when it ran says so: `meta["draws"]`.
 """
 
 from __future__ import annotations
 
 import builtins
 import operator
-import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +35,7 @@ from reparam.capture.proxies import READS, UnfitError, ValueProxy, is_argument, 
 from reparam.capture.reading import ReadingTracer
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
+from reparam.chance import Generators
 from reparam.checks import (
     Guards,
     require_decision,
@@ -126,6 +127,7 @@ class ValueTracer(fx.Tracer):
         self._memory = memory
         self._origins = Origins(root)
         self._parameters = {storage_of(parameter): name for name, parameter in root.named_parameters()}
+        self._drew = False
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Traces, leaving the global random state as it was.
@@ -133,17 +135,15 @@ class ValueTracer(fx.Tracer):
         Raises:
             UnfitError: the forward draws random numbers that no input goes into, which a graph would repeat.
         """
-        python = random.getstate()
-        start = torch.get_rng_state()
+        generators = Generators(root)
         try:
             with traced_calls(self):
                 graph = super().trace(root, concrete_args)
-            drawn = random.getstate() != python or not torch.equal(start, torch.get_rng_state())
+            drawn = generators.moved()
         finally:
-            random.setstate(python)
-            torch.set_rng_state(start)
+            generators.restore()
         if drawn:
-            raise UnfitError("the forward draws a random number, which the graph would repeat")
+            raise UnfitError(f"the forward draws a random number ({drawn[0]}), which the graph would repeat")
         check_arguments(graph, root)
         graph._tracer_cls = ReadingTracer  # for whoever unpickles a module with this graph
         for node in graph.nodes:
@@ -198,6 +198,8 @@ class ValueTracer(fx.Tracer):
         versions = [(other, t, seen(t)) for other, value in used.items() for t in _tensors(value)]
         value = self._execute(kind, target, plain_args, plain_kwargs)
         self._note_writes(node, [(other, t) for other, t, before_it in versions if seen(t) != before_it])
+        if self._drew:
+            node.meta["draws"] = True
         proxy.reparam_value = value
         proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))
         if _reads_sizes(kind, target, plain_args):
@@ -260,7 +262,13 @@ class ValueTracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    @property
+    def executing(self) -> bool:
+        """Whether an operation is being computed, so that what it calls makes no nodes."""
+        return self._executing
+
     def to_bool(self, obj: Any) -> bool:
+        _require_not_drawn(obj)
         if obj.reparam_constant:
             return bool(self.value_read(obj))
         if not obj.reparam_of_sizes:
@@ -275,6 +283,7 @@ class ValueTracer(fx.Tracer):
         Raises:
             TraceError: it depends on an activation.
         """
+        _require_not_drawn(obj)
         if not (obj.reparam_constant or obj.reparam_of_sizes):
             raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
         value = self.value_read(obj)
@@ -362,6 +371,7 @@ class ValueTracer(fx.Tracer):
         return self._fixed[name]
 
     def _execute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        self._drew = False
         if kind == "placeholder":
             return self._arguments.get(str(target).lstrip("*"))
         if kind == "get_attr":
@@ -369,7 +379,7 @@ class ValueTracer(fx.Tracer):
         if kind == "output":
             return None
         self._executing = True
-        random_state = torch.get_rng_state()
+        random_states = _random_states()
         try:
             with torch.no_grad():
                 if kind == "call_function":
@@ -382,7 +392,10 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             raise ExecutionError(self.scope.module_path, error) from error
         finally:
-            torch.set_rng_state(random_state)
+            self._drew = not all(map(torch.equal, random_states, _random_states()))
+            torch.set_rng_state(random_states[0])
+            if self._drew and len(random_states) > 1:
+                torch.cuda.set_rng_state_all(random_states[1:])
             self._executing = False
 
     def _check_module(self, target: str, args: tuple[Any, ...]) -> None:
@@ -467,6 +480,28 @@ class ValueTracer(fx.Tracer):
             return node.args[1] in names
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         return name.rstrip("_123d") in names or name in names
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Of torch's own generators, the one of the CPU first."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def _require_not_drawn(proxy: Any) -> None:
+    """Stops the trace where Python asks for the value of a random number.
+
+    Raises:
+        UnfitError: it does.
+    """
+    pending, seen = [proxy.node], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.meta.get("draws"):
+            raise UnfitError("the forward decides by a random number")
+        pending += node.all_input_nodes
 
 
 def _squeezes(node: fx.Node) -> bool:

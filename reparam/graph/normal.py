@@ -298,8 +298,6 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-
-
 def _has_effect(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
@@ -307,4 +305,6 @@ def _has_effect(node: fx.Node) -> bool:
         return True
     if node.op == "call_function" and node.target in CHECKS:
         return True
+    if node.meta.get("draws"):
+        return False  # numbers that nobody reads
     return node.op == "call_function" and bool(node.is_impure())

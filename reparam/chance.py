@@ -1,0 +1,171 @@
+"""Random numbers that a model draws: whether, where, and what to say of it.
+
+Drawing moves a generator, whatever the operation is called: `Generators` compares their states before and after. It
+knows those of torch, Python's `random` and `numpy.random`, and generators that modules of a model keep as attributes or
+that their forward reads as a global name. Not known: generators that are kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Generators:
+    """The states of all generators at the time it is made.
+
+    Args:
+        model: whose modules' own generators are watched, too.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._sources = [*_global_sources(), *(() if model is None else _own_sources(model))]
+        self._states = [source.read() for source in self._sources]
+
+    def moved(self) -> list[str]:
+        """Names of the generators that were drawn from since: `torch`, `random`, `numpy.random`, `head.generator`."""
+        pairs = zip(self._sources, self._states, strict=True)
+        return [source.name for source, state in pairs if not _same(state, source.read())]
+
+    def restore(self) -> None:
+        """Puts all states back."""
+        for source, state in zip(self._sources, self._states, strict=True):
+            if not _same(state, source.read()):
+                source.write(state)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it all global generators start from `seed`; afterwards they are what they were."""
+    before = Generators()
+    try:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy_random := sys.modules.get("numpy.random"):
+            numpy_random.seed(seed)
+        yield
+    finally:
+        before.restore()
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+
+
+def _global_sources() -> Iterator[_Source]:
+    yield _Source("torch", torch.get_rng_state, torch.set_rng_state)
+    if torch.cuda.is_initialized():
+        yield _Source("torch.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+    yield _Source("random", random.getstate, random.setstate)
+    if numpy_random := sys.modules.get("numpy.random"):
+        yield _Source("numpy.random", numpy_random.get_state, numpy_random.set_state)
+
+
+def _own_sources(model: nn.Module) -> Iterator[_Source]:
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        kept = [(f"{path}.{key}" if path else key, value) for key, value in vars(module).items()]
+        if not type(module).__module__.startswith("torch."):
+            forward = getattr(module.forward, "__func__", module.forward)
+            names, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+            kept += [(name, known[name]) for name in getattr(names, "co_names", ()) if name in known]
+        for name, value in kept:
+            source = _of_generator(name, value)
+            if source is not None and id(value) not in seen:
+                seen.add(id(value))
+                yield source
+
+
+def _of_generator(name: str, value: Any) -> _Source | None:
+    if isinstance(value, torch.Generator):
+        return _Source(name, value.get_state, value.set_state)
+    if isinstance(value, random.Random):
+        return _Source(name, value.getstate, value.setstate)
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is None or not isinstance(value, (numpy_random.RandomState, numpy_random.Generator)):
+        return None
+    if isinstance(value, numpy_random.RandomState):
+        return _Source(name, value.get_state, value.set_state)
+    bits: Any = value.bit_generator
+    return _Source(name, lambda: bits.state, partial(setattr, bits, "state"))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and (a == b if _is_plain(a) else all(map(_same, a, b)))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if hasattr(a, "tobytes"):
+        return bool(a.tobytes() == b.tobytes())
+    return bool(a == b)
+
+
+def _is_plain(items: Sequence[Any]) -> bool:
+    return len(items) > 8  # the state of Python's generator: 625 integers
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One place where random numbers are drawn.
+
+    Attributes:
+        what: the operation (`randn_like`, `dropout`) or the generator (`numpy.random`).
+        module: qualified name of the module in whose forward it stands; empty for the model itself.
+        kind: class of that module; empty if it is not known.
+        source: `file.py:line`, or None where it is not known.
+    """
+
+    what: str
+    module: str = ""
+    kind: str = ""
+    source: str | None = None
+
+    def __str__(self) -> str:
+        where = " ".join(filter(None, (self.kind or "forward", self.module)))
+        return f"{self.what} in {where}" + (f" ({self.source})" if self.source else "")
+
+
+_MOST = 4
+_DROPPING = ("dropout", "alpha_dropout", "feature_alpha_dropout", "feature_dropout", "native_dropout")
+
+
+def refusal(model: str, draws: Sequence[Draw]) -> str:
+    """One sentence: that a model draws random numbers, where, and what would make it a function of its input."""
+    draws = tuple(dict.fromkeys(draws))
+    listed = ", ".join(map(str, draws[:_MOST])) + (f" and {len(draws) - _MOST} more" if len(draws) > _MOST else "")
+    dropping = [draw for draw in draws if draw.what.rstrip("_").rstrip("123d") in _DROPPING]
+    staying = [draw for draw in dropping if draw.kind.endswith("Dropout") or "Dropout" in draw.kind]
+    if dropping and len(dropping) == len(draws):
+        if len(staying) == len(draws):
+            why = f"{model} drops at random in eval mode too, as it keeps dropout in train mode: {listed}"
+        else:
+            why = f"{model} drops at random in eval mode too, as Monte-Carlo dropout does (training=True): {listed}"
+        lift = "pass training=self.training" if not staying else "let eval() reach it"
+        why += "; its answers are samples, which no fixed model gives"
+    else:
+        why = f"{model} draws random numbers in eval mode, so that no fixed model computes what it does: {listed}"
+        lift = "let it check self.training"
+    named = next((draw for draw in draws if draw.module), None)
+    if named is None:
+        return f"{why}; {lift}"
+    name = named.module if named in staying or not named.kind else named.kind
+    return (
+        f"{why}; if that is off at inference, say so with inference_form={{{name!r}: 'identity'}} "
+        f"(--inference-form {name}=identity), or {lift}"
+    )
+
+
+__all__ = ["Draw", "Generators", "refusal", "seeded"]
