@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -49,11 +50,16 @@ def seeded(seed: int) -> Iterator[None]:
     try:
         torch.manual_seed(seed)
         random.seed(seed)
-        if numpy_random := sys.modules.get("numpy.random"):
+        if numpy_random := _numpy_random():
             numpy_random.seed(seed)
         yield
     finally:
         before.restore()
+
+
+def _numpy_random() -> Any:
+    """The module, which numpy loads only when it is asked for; None where there is no numpy."""
+    return import_module("numpy.random") if "numpy" in sys.modules else None
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def _global_sources() -> Iterator[_Source]:
     if torch.cuda.is_initialized():
         yield _Source("torch.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
     yield _Source("random", random.getstate, random.setstate)
-    if numpy_random := sys.modules.get("numpy.random"):
+    if numpy_random := _numpy_random():
         yield _Source("numpy.random", numpy_random.get_state, numpy_random.set_state)
 
 
@@ -92,7 +98,7 @@ def _of_generator(name: str, value: Any) -> _Source | None:
         return _Source(name, value.get_state, value.set_state)
     if isinstance(value, random.Random):
         return _Source(name, value.getstate, value.setstate)
-    numpy_random = sys.modules.get("numpy.random")
+    numpy_random = _numpy_random()
     if numpy_random is None or not isinstance(value, (numpy_random.RandomState, numpy_random.Generator)):
         return None
     if isinstance(value, numpy_random.RandomState):

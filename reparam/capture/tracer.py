@@ -18,7 +18,7 @@ import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -106,6 +106,7 @@ class ValueTracer(fx.Tracer):
     ) -> None:
         super().__init__(autowrap_functions=(*leaves.functions, *functions_of_numbers()))
         self._leaves = leaves.modules
+        self._leaf_functions = leaves.functions
         self._compute = compute
         self._arguments = arguments
         self._fixed = fixed
@@ -197,7 +198,13 @@ class ValueTracer(fx.Tracer):
         seen = _fingerprint if getattr(target, "__name__", "") in _WRITES_UNCOUNTED else version
         versions = [(other, t, seen(t)) for other, value in used.items() for t in _tensors(value)]
         value = self._execute(kind, target, plain_args, plain_kwargs)
-        self._note_writes(node, [(other, t) for other, t, before_it in versions if seen(t) != before_it])
+        written = [(other, t) for other, t, before_it in versions if seen(t) != before_it]
+        given = next((other for other, input_value in used.items() if input_value is value), None)
+        if given is not None and not written and self._returns(kind, target, args, kwargs, given):
+            self.graph.erase_node(node)
+            same: fx.Proxy = next(arg for arg in _proxies((args, kwargs)) if arg.node is given)
+            return same
+        self._note_writes(node, written)
         if self._drew:
             node.meta["draws"] = True
         proxy.reparam_value = value
@@ -398,6 +405,28 @@ class ValueTracer(fx.Tracer):
                 torch.cuda.set_rng_state_all(random_states[1:])
             self._executing = False
 
+    def _returns(self, kind: str, function: Any, args: Any, kwargs: Any, given: fx.Node) -> bool:
+        """Whether a Python function that its author has kept whole (`torch.fx.wrap`) only returns what it is given.
+
+        It did so in the example, and does so when it is traced: no value decides it. What it asks of sizes is checked.
+        """
+        ours = ("torch", "reparam", "_operator", "builtins")
+        is_users = isinstance(function, FunctionType) and function.__module__.partition(".")[0] not in ours
+        if kind != "call_function" or not is_users or function in self._leaf_functions:
+            return False
+        last = next(reversed(self.graph.nodes))
+        kept = (self._tentative.copy(), self._checked.copy(), self._rank_checked.copy(), self.read.copy())
+        try:
+            result: Any = function(*args, **kwargs)
+            if issubclass(type(result), fx.Proxy) and result.node is given:
+                return True
+        except Exception:
+            pass  # it decides by values, or is nothing that can be traced
+        while next(reversed(self.graph.nodes)) is not last:
+            self.graph.erase_node(next(reversed(self.graph.nodes)))
+        self._tentative, self._checked, self._rank_checked, self.read = kept
+        return False
+
     def _check_module(self, target: str, args: tuple[Any, ...]) -> None:
         """A call of a module in the graph stands for the module as it is when the model is not running.
 
@@ -480,6 +509,18 @@ class ValueTracer(fx.Tracer):
             return node.args[1] in names
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         return name.rstrip("_123d") in names or name in names
+
+
+def _proxies(value: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def collect(leaf: Any) -> Any:
+        if issubclass(type(leaf), fx.Proxy):
+            found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(value, collect)
+    return found
 
 
 def _random_states() -> list[torch.Tensor]:
