@@ -8,6 +8,7 @@ that their forward reads as a global name. Not known: generators that are kept e
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -145,33 +146,41 @@ class Draw:
 
 
 _MOST = 4
-_DROPPING = ("dropout", "alpha_dropout", "feature_alpha_dropout", "feature_dropout", "native_dropout")
+_DROPPING = re.compile(r"(feature|alpha|native|featurealpha)?dropout(\dd)?")
 
 
 def refusal(model: str, draws: Sequence[Draw]) -> str:
     """One sentence: that a model draws random numbers, where, and what would make it a function of its input."""
     draws = tuple(dict.fromkeys(draws))
     listed = ", ".join(map(str, draws[:_MOST])) + (f" and {len(draws) - _MOST} more" if len(draws) > _MOST else "")
-    dropping = [draw for draw in draws if draw.what.rstrip("_").rstrip("123d") in _DROPPING]
-    staying = [draw for draw in dropping if draw.kind.endswith("Dropout") or "Dropout" in draw.kind]
-    if dropping and len(dropping) == len(draws):
-        if len(staying) == len(draws):
-            why = f"{model} drops at random in eval mode too, as it keeps dropout in train mode: {listed}"
-        else:
-            why = f"{model} drops at random in eval mode too, as Monte-Carlo dropout does (training=True): {listed}"
-        lift = "pass training=self.training" if not staying else "let eval() reach it"
-        why += "; its answers are samples, which no fixed model gives"
-    else:
-        why = f"{model} draws random numbers in eval mode, so that no fixed model computes what it does: {listed}"
+    samples = "its answers are samples, which no fixed model gives"
+    if not all(map(_drops, draws)):
         lift = "let it check self.training"
+        why = f"{model} draws random numbers in eval mode, so that no fixed model computes what it does: {listed}"
+    elif all(map(_is_layer, draws)):
+        lift = "let eval() reach it"
+        why = f"{model} drops at random in eval mode too, as it keeps dropout in train mode: {listed}; {samples}"
+    else:
+        lift = "pass training=self.training"
+        how = "as Monte-Carlo dropout does (training=True)"
+        why = f"{model} drops at random in eval mode too, {how}: {listed}; {samples}"
     named = next((draw for draw in draws if draw.module), None)
     if named is None:
         return f"{why}; {lift}"
-    name = named.module if named in staying or not named.kind else named.kind
+    name = named.module if _is_layer(named) or not named.kind else named.kind
     return (
         f"{why}; if that is off at inference, say so with inference_form={{{name!r}: 'identity'}} "
         f"(--inference-form {name}=identity), or {lift}"
     )
+
+
+def _drops(draw: Draw) -> bool:
+    return _DROPPING.fullmatch(draw.what.lower().replace("_", "")) is not None
+
+
+def _is_layer(draw: Draw) -> bool:
+    """Whether it is in one of torch's own layers, which asks for its mode."""
+    return _DROPPING.fullmatch(draw.kind.lower()) is not None
 
 
 __all__ = ["Draw", "Generators", "refusal", "seeded"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from types import BuiltinFunctionType
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", 
 _RANDOM = """
     bernoulli multinomial normal poisson rand rand_like randint randint_like randn randn_like randperm
 """
+_OF_MODE = {"train", "training", "dropout_p", "dropout", "compute_log_sumexp"}
 # A tensor may stand for a number in these: torch takes a proxy, which says it is a tensor, for one and reads memory.
 _OF_NUMBERS = """
     add bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor bucketize clamp clamp_max
@@ -38,6 +40,25 @@ def functions_of_numbers() -> tuple[Callable[..., Any], ...]:
     return (
         *(getattr(torch, name) for name in f"{_OF_NUMBERS} {_RANDOM}".split() if hasattr(torch, name)),
         *(getattr(torch.special, name) for name in _SPECIAL),
+    )
+
+
+@lru_cache(maxsize=4096)
+def always_draws(target: Any) -> bool:
+    """Whether a function or method of torch draws in every call, also where stand-ins for values gave it no need to.
+
+    torch tags the operators that draw; those with a mode or a rate of their own draw in some calls only.
+    """
+    name = target if isinstance(target, str) else getattr(target, "__name__", "").split(".")[0]
+    if not isinstance(target, (str, BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return False
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    arguments = {argument.name for overload in overloads for argument in overload._schema.arguments}
+    return not arguments & _OF_MODE and any(
+        torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads
     )
 
 

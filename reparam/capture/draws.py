@@ -26,6 +26,7 @@ from reparam.inputs import Inputs
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_PYTHON = os.path.dirname(os.__file__) + os.sep
 _MOST = 1000
 
 
@@ -153,7 +154,7 @@ def _by_line(model: nn.Module, inputs: Inputs) -> list[Draw]:
     line = [0]
 
     def look(frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename.startswith((_TORCH, _HERE, "<")):
+        if not _is_users(frame.f_code.co_filename):
             return None
         moved = [name for name in states[0].moved() if not name.startswith("torch")]
         if moved and last[0] is not None:
@@ -182,13 +183,20 @@ def _names(root: nn.Module) -> dict[int, str]:
     return {id(module): name for name, module in root.named_modules()}
 
 
+def _is_users(file: str) -> bool:
+    """Whether a file is neither torch's, Python's or numpy's, nor ours."""
+    if file.startswith((_TORCH, _HERE, "<")) or f"{os.sep}numpy{os.sep}" in file:
+        return False
+    return not file.startswith(_PYTHON) or f"{os.sep}site-packages{os.sep}" in file
+
+
 def _draw(what: str, frame: FrameType | None, names: dict[int, str], line: int | None = None) -> Draw:
     """A draw at a frame: the module whose method runs there, and the user's own line."""
     module: nn.Module | None = None
     source: str | None = None
     while frame is not None and (module is None or source is None):
         file, owner = frame.f_code.co_filename, frame.f_locals.get("self")
-        if source is None and not file.startswith((_TORCH, _HERE, "<")):
+        if source is None and _is_users(file):
             source = f"{os.path.basename(file)}:{line or frame.f_lineno}"
         elif source is None and file.startswith(_TORCH) and "functional" in file:
             what = frame.f_code.co_name  # dropout, and not the bernoulli_ in it

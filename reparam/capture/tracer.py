@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from reparam.capture.arguments import check_arguments
-from reparam.capture.calls import functions_of_numbers, traced_calls
+from reparam.capture.calls import always_draws, functions_of_numbers, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
 from reparam.capture.exported import Origins
 from reparam.capture.proxies import READS, UnfitError, ValueProxy, is_argument, is_from_argument, user_line
@@ -205,7 +205,7 @@ class ValueTracer(fx.Tracer):
             same: fx.Proxy = next(arg for arg in _proxies((args, kwargs)) if arg.node is given)
             return same
         self._note_writes(node, written)
-        if self._drew:
+        if self._drew or always_draws(target):
             node.meta["draws"] = True
         proxy.reparam_value = value
         proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))

@@ -1,4 +1,4 @@
-"""The dropout family, each from its formula: nothing is left of it at inference but a constant factor, where it has one.
+"""The dropout family, each from its formula: nothing is left of it at inference but a factor, where it has one.
 
 Inverted forms scale while they train and are idle at inference; classical forms keep a factor for inference. With `m` a
 mask that is 1 with probability `q = 1 - p`:
