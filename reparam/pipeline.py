@@ -122,7 +122,7 @@ def fuse(
     steps = tuple(usual if passes is None else passes)
     inputs = Inputs.of(example_inputs)
     reference, said = in_inference_form(model, inference_form)
-    with _explained(reference if said else None, inputs):
+    with _explained(model, reference, inputs):
         made = _made(reference, inputs, capture, steps, stages)
     comparison: Comparison | None = None
     if level != "off":
@@ -156,7 +156,7 @@ def fuse(
 
 
 @contextmanager
-def _explained(reference: nn.Module | None, inputs: Inputs) -> Iterator[None]:
+def _explained(model: nn.Module, reference: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Says so if a model does not run in the form that it was said to have.
 
     Raises:
@@ -164,11 +164,11 @@ def _explained(reference: nn.Module | None, inputs: Inputs) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, UnfitModelError):
+    except UnfitModelError:
         raise
     except Exception as error:
-        wrong = None if reference is None else failure(reference, inputs)
-        if wrong is None:
+        wrong = None if reference is model else failure(reference, inputs)
+        if wrong is None or failure(model, inputs) is not None:
             raise
         raise InputError(
             f"in the form that inference_form says, {type(reference).__name__} does not run on the example inputs: "
