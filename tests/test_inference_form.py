@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from tools import timm_zoo
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).resolve().parent.parent
 RANDOM_IN_ONNX = {
     *("Dropout", "Identity", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"),
     "Multinomial",
@@ -279,6 +283,20 @@ def test_option_is_read() -> None:
     for item in ("Noise", "=identity", "Noise=off", "Noise="):
         with pytest.raises(InputError, match="--inference-form"):
             parse_inference_forms((item,))
+
+
+# --- the page ---
+
+
+def test_the_page_runs_as_printed() -> None:
+    page = (ROOT / "docs" / "inference.md").read_text()
+    program = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    refused, believed = done.stdout.splitlines()
+    printed = " ".join(re.findall(r"(?m)^    (Sequential draws .*\n(?:    .*\n)*)", page)[0].split())
+    assert re.sub(r" \(net.py:\d+\)", "", printed) == refused
+    assert believed.startswith("inference_form was believed (Noise as identity)")
 
 
 # --- what the files hold ---
