@@ -1,8 +1,8 @@
 """Random numbers that a model draws: whether, where, and what to say of it.
 
 Drawing moves a generator, whatever the operation is called: `Generators` compares their states before and after. It
-knows those of torch, Python's `random` and `numpy.random`, and generators that modules of a model keep as attributes or
-that their forward reads as a global name. Not known: generators that are kept elsewhere.
+knows those of torch, Python's `random` and `numpy.random`, and generators that modules of a model keep as attributes
+(or in lists of their own) or that their forward reads as a global name. Not known: generators that are kept elsewhere.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def _global_sources() -> Iterator[_Source]:
 def _own_sources(model: nn.Module) -> Iterator[_Source]:
     seen: set[int] = set()
     for path, module in model.named_modules():
-        kept = [(f"{path}.{key}" if path else key, value) for key, value in vars(module).items()]
+        kept = [
+            (f"{path}.{key}" if path else key, item) for key, value in vars(module).items() for item in _items(value)
+        ]
         if not type(module).__module__.startswith("torch."):
             forward = getattr(module.forward, "__func__", module.forward)
             names, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
@@ -92,6 +94,13 @@ def _own_sources(model: nn.Module) -> Iterator[_Source]:
             if source is not None and id(value) not in seen:
                 seen.add(id(value))
                 yield source
+
+
+def _items(value: Any) -> Sequence[Any]:
+    """The elements of a plain container that may hold generators; anything else by itself."""
+    if type(value) is dict:
+        value = [*value.values()]
+    return value if type(value) in (list, tuple) else (value,)
 
 
 def _of_generator(name: str, value: Any) -> _Source | None:

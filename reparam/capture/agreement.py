@@ -24,6 +24,16 @@ def answers_alike(model: nn.Module, inputs: Inputs) -> bool:
     return all(_alike(first, _answer(twin, inputs)) for _ in range(CALLS - 1))
 
 
+def answers_otherwise_again(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a copy of `model` answers otherwise in a second call, with another random state."""
+    try:
+        twin = copied(model).eval()
+        first = _answer(twin, inputs)
+        return not _alike(first, _answer(twin, inputs, seed=1))
+    except Exception:
+        return False  # it cannot run at all, which is for others to say
+
+
 def graph_answers_as(model: nn.Module, inputs: Inputs, root: nn.Module, graph: fx.Graph) -> bool:
     """Whether a graph answers the example as its model does: what Python asked of a tensor may have escaped.
 
@@ -51,10 +61,10 @@ def _put_back(root: nn.Module, before: dict[str, torch.Tensor]) -> None:
             buffer.copy_(before[name])
 
 
-def _answer(module: nn.Module, inputs: Inputs) -> Any:
+def _answer(module: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
     """What the module returns, copied; the random state is the same each time and left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs.call(module))
 
 

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from reparam.capture.agreement import answers_alike, graph_answers_as
+from reparam.capture.agreement import answers_alike, answers_otherwise_again, graph_answers_as
 from reparam.capture.captured import Captured, Leaves
 from reparam.capture.copying import copied
 from reparam.capture.exported import export
@@ -118,6 +118,7 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
         about_state = _state_notes(model, inputs, traced)
         if not graph_answers_as(model, inputs, traced.root, traced.graph):
             raise CaptureError(f"{type(model).__name__} cannot be traced: its graph answers the example otherwise")
+    _require_a_function(model, inputs, traced.graph)
     notes = (*_mode_notes(model), *_size_notes(traced), *about_state)
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
@@ -198,6 +199,21 @@ class _Traced:
     frozen: tuple[str, ...]
     written: frozenset[int]
     decided: tuple[str, ...]
+
+
+def _require_a_function(model: nn.Module, inputs: Inputs, graph: fx.Graph) -> None:
+    """What a graph holds of state and of random numbers it shows; this is for what it would hold as constants.
+
+    Raises:
+        UnfitModelError: the model answers otherwise when it is called again, and no node of the graph says why.
+    """
+    if any(node.meta.get("writes") or node.meta.get("draws") for node in graph.nodes):
+        return
+    if answers_otherwise_again(model, inputs):
+        raise UnfitModelError(
+            f"{type(model).__name__} answers the same input otherwise when it is called again, which a graph cannot "
+            "hold: it keeps state, or draws random numbers from a generator of its own; make it a function of its input"
+        )
 
 
 def _mode_notes(model: nn.Module) -> tuple[str, ...]:

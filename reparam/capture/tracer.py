@@ -148,6 +148,8 @@ class ValueTracer(fx.Tracer):
         check_arguments(graph, root)
         graph._tracer_cls = ReadingTracer  # for whoever unpickles a module with this graph
         for node in graph.nodes:
+            if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] == "torch":
+                node.meta.pop("is_wrapped", None)  # else a module made of the graph has `wrap('torch.pow')` in its code
             if isinstance(node.type, str):
                 node.type = None  # of a postponed annotation there is only the text, which cannot be pickled as a type
         return graph
