@@ -11,7 +11,6 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -42,20 +41,6 @@ class Generators:
         for source, state in zip(self._sources, self._states, strict=True):
             if not _same(state, source.read()):
                 source.write(state)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Within it all global generators start from `seed`; afterwards they are what they were."""
-    before = Generators()
-    try:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if numpy_random := _numpy_random():
-            numpy_random.seed(seed)
-        yield
-    finally:
-        before.restore()
 
 
 def _numpy_random() -> Any:
@@ -142,12 +127,20 @@ class Draw:
         module: qualified name of the module in whose forward it stands; empty for the model itself.
         kind: class of that module; empty if it is not known.
         source: `file.py:line`, or None where it is not known.
+        alone: whether the module has neither parameters nor modules inside, so that it may well do nothing else.
     """
 
     what: str
     module: str = ""
     kind: str = ""
     source: str | None = None
+    alone: bool = True
+
+    @classmethod
+    def of(cls, what: str, path: str, module: nn.Module, source: str | None) -> Draw:
+        """A draw in the forward of this module."""
+        alone = next(module.children(), None) is None and next(module.parameters(), None) is None
+        return cls(what, path, type(module).__name__, source, alone)
 
     def __str__(self) -> str:
         where = " ".join(filter(None, (self.kind or "forward", self.module)))
@@ -173,9 +166,12 @@ def refusal(model: str, draws: Sequence[Draw]) -> str:
         lift = "pass training=self.training"
         how = "as Monte-Carlo dropout does (training=True)"
         why = f"{model} drops at random in eval mode too, {how}: {listed}; {samples}"
-    named = next((draw for draw in draws if draw.module), None)
+    named = next((draw for draw in draws if draw.module and draw.alone), None)
+    named = named or next((draw for draw in draws if draw.module), None)
     if named is None:
         return f"{why}; {lift}"
+    if not named.alone:
+        return f"{why}; {lift}, or give what draws a module of its own and say with inference_form what that is"
     name = named.module if _is_layer(named) or not named.kind else named.kind
     return (
         f"{why}; if that is off at inference, say so with inference_form={{{name!r}: 'identity'}} "
@@ -192,4 +188,4 @@ def _is_layer(draw: Draw) -> bool:
     return _DROPPING.fullmatch(draw.kind.lower()) is not None
 
 
-__all__ = ["Draw", "Generators", "refusal", "seeded"]
+__all__ = ["Draw", "Generators", "refusal"]

@@ -373,6 +373,17 @@ def test_the_sentence_lists_a_few_places_once() -> None:
     )
 
 
+def test_a_block_is_not_named_as_what_may_be_off() -> None:
+    """Who took that advice would lose its layers."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.a(x) + torch.randn_like(x)
+
+    sentence = refused(model_with(Culprit(forward, a=conv_bn(2, 4, 4, 3))))
+    assert "identity" not in sentence
+    assert sentence.endswith("or give what draws a module of its own and say with inference_form what that is")
+
+
 def test_the_model_itself_may_be_the_culprit() -> None:
     model = Lambda(lambda m, x: F.relu(m.a(x) + torch.randn_like(x)), a=conv_bn(2, 4, 4, 3)).eval()
     sentence = refused(model)

@@ -203,7 +203,9 @@ def _draw(what: str, frame: FrameType | None, names: dict[int, str], line: int |
         if module is None and isinstance(owner, nn.Module) and id(owner) in names:
             module = owner
         frame = frame.f_back
-    return Draw(what, source=source) if module is None else Draw(what, names[id(module)], type(module).__name__, source)
+    if module is None:
+        return Draw(what, source=source)
+    return Draw.of(what, names[id(module)], module, source)
 
 
 __all__ = ["find_draws"]

@@ -55,9 +55,10 @@ class AtInference(nn.Module):
                 setattr(self, name, value)
         self._reparam_factor = factor
 
-    def forward(self, input: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        """The scaled input, or the input itself for a factor of 1."""
-        return input if self._reparam_factor == 1 else input * self._reparam_factor
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The scaled first argument, or the argument itself for a factor of 1."""
+        value: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+        return value if self._reparam_factor == 1 else value * self._reparam_factor
 
 
 class _Called(nn.Module):

@@ -207,9 +207,10 @@ def _require_a_function(model: nn.Module, inputs: Inputs, graph: fx.Graph) -> No
     Raises:
         UnfitModelError: the model answers otherwise when it is called again, and no node of the graph says why.
     """
-    if any(node.meta.get("writes") or node.meta.get("draws") for node in graph.nodes):
+    if any(node.meta.get("writes") for node in graph.nodes):
         return
-    if answers_otherwise_again(model, inputs):
+    draws = any(node.meta.get("draws") for node in graph.nodes)  # these get the same numbers again
+    if answers_otherwise_again(model, inputs, seed=0 if draws else 1):
         raise UnfitModelError(
             f"{type(model).__name__} answers the same input otherwise when it is called again, which a graph cannot "
             "hold: it keeps state, or draws random numbers from a generator of its own; make it a function of its input"

@@ -22,21 +22,17 @@ def refuse_random(graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
     if not any(node.meta.get("draws") for node in graph.nodes):
         return
     eliminate_dead_code(graph)
-    draws = [
-        Draw(kind(node, root), *_owner(str(node.meta.get("module_path") or ""), model), node.meta.get("source"))
-        for node in graph.nodes
-        if node.meta.get("draws")
-    ]
+    draws = [_draw(node, root, model) for node in graph.nodes if node.meta.get("draws")]
     if draws:
         raise UnfitModelError(refusal(type(model).__name__, draws))
 
 
-def _owner(path: str, model: nn.Module) -> tuple[str, str]:
-    """Qualified name and class of the module in whose forward a node stands."""
+def _draw(node: fx.Node, root: nn.Module, model: nn.Module) -> Draw:
+    path = str(node.meta.get("module_path") or "")
     try:
-        return path, type(model.get_submodule(path)).__name__
-    except AttributeError:
-        return path, ""
+        return Draw.of(kind(node, root), path, model.get_submodule(path), node.meta.get("source"))
+    except AttributeError:  # a program that was exported elsewhere has no modules
+        return Draw(kind(node, root), path, source=node.meta.get("source"), alone=False)
 
 
 __all__ = ["refuse_random"]
