@@ -168,9 +168,7 @@ def refusal(model: str, draws: Sequence[Draw]) -> str:
         why = f"{model} drops at random in eval mode too, {how}: {listed}; {samples}"
     named = next((draw for draw in draws if draw.module and draw.alone), None)
     named = named or next((draw for draw in draws if draw.module), None)
-    if named is None:
-        return f"{why}; {lift}"
-    if not named.alone:
+    if named is None or not named.alone:
         return f"{why}; {lift}, or give what draws a module of its own and say with inference_form what that is"
     name = named.module if _is_layer(named) or not named.kind else named.kind
     return (
