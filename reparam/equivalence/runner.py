@@ -77,8 +77,8 @@ def verify(
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
 
     Raises:
-        InputError: the level does not exist, the original cannot run on the example inputs, or a module cannot be
-            copied.
+        InputError: the level does not exist, the original cannot run on the example inputs, a module cannot be
+            copied, or the original draws random numbers from elsewhere than torch, so that no seed repeats its answers.
     """
     inputs = Inputs.of(example_inputs)
     dtype = deployment_dtype(original, inputs)
