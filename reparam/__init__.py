@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from reparam.bench import Timing, benchmark
+    from reparam.capture.inference import register_inference_form, unregister_inference_form
     from reparam.capture.load import load
     from reparam.equivalence import Comparison, verify
     from reparam.errors import CaptureError, ExportError, InputError, NotEquivalentError, OtherInputError, ReparamError
@@ -40,7 +41,9 @@ _HOMES = {
     "export_onnx": "reparam.export",
     "fuse": "reparam.pipeline",
     "load": "reparam.capture.load",
+    "register_inference_form": "reparam.capture.inference",
     "register_linear_op": "reparam.graph.register",
+    "unregister_inference_form": "reparam.capture.inference",
     "unregister_linear_op": "reparam.graph.register",
     "verify": "reparam.equivalence",
 }
@@ -65,7 +68,9 @@ __all__ = [
     "export_onnx",
     "fuse",
     "load",
+    "register_inference_form",
     "register_linear_op",
+    "unregister_inference_form",
     "unregister_linear_op",
     "verify",
 ]

@@ -87,6 +87,10 @@ _output_options = _options(
     help="Whose prices count. Default: cuda for a model on CUDA, else eager-cpu.",
 )  # fmt: skip
 @click.option(
+    "--inference-form", "inference_form", metavar="NAME=FORM", multiple=True,
+    help="What modules of a class or name are at inference: identity, or a number that scales. May be repeated.",
+)  # fmt: skip
+@click.option(
     "--fixed-sizes", is_flag=True,
     help="Let the fused model run at the example's sizes only, the batch apart; sometimes it gets smaller for that.",
 )  # fmt: skip
@@ -117,9 +121,11 @@ def fuse_command(as_json: bool, verbose: bool, debug: bool, **flags: Any) -> Non
 
 def _fuse(flags: dict[str, Any], progress: Progress) -> Report:
     from reparam.capture.arch import parse_arch_args
+    from reparam.capture.inference import parse_inference_forms
     from reparam.workflow import Request, run
 
     flags["arch_args"] = parse_arch_args(flags["arch_args"])
+    flags["inference_form"] = parse_inference_forms(flags["inference_form"])
     for name in ("onnx", "archive", "bench"):
         flags[name] = not flags.pop(f"no_{name}")
     return run(Request(path=flags.pop("model"), **flags), progress)

@@ -12,6 +12,7 @@ from torch import fx, nn
 from reparam.capture.captured import Captured
 from reparam.graph.build import built
 from reparam.graph.count import count_operations
+from reparam.graph.draws import refuse_random
 from reparam.graph.normal import normalise, restore_in_place
 from reparam.passes import Pass
 from reparam.passes.base import Refusal, Rewrite
@@ -40,10 +41,15 @@ class Piece:
 
 
 def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece:
-    """Runs the passes over a captured graph of `model` and builds the module. The graph is used up."""
+    """Runs the passes over a captured graph of `model` and builds the module. The graph is used up.
+
+    Raises:
+        UnfitModelError: the result depends on random numbers that the graph draws.
+    """
     graph, root = captured.graph, captured.root
     with torch.no_grad():
         normalise(graph, root)
+        refuse_random(graph, root, model)
         before = OperationCounts(**count_operations(graph, root))
         rewrites: list[Rewrite] = []
         refusals: list[Refusal] = []

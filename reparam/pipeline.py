@@ -8,16 +8,19 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from reparam.capture.draws import failure, find_draws
+from reparam.capture.inference import Form, Said, in_inference_form
 from reparam.capture.scripts import graph_of_script
 from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
+from reparam.chance import refusal
 from reparam.equivalence import Comparison
 from reparam.equivalence import verify as verify_modules
 from reparam.errors import CaptureError, InputError, NotEquivalentError, UnfitModelError
@@ -26,7 +29,7 @@ from reparam.graph.register import leaves
 from reparam.inputs import ExampleInputs, Inputs
 from reparam.partial import NothingCapturedError, assembled
 from reparam.passes import Pass, pipeline
-from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.base import Place, Refusal, Rewrite
 from reparam.passes.cost import cost_model
 from reparam.passes.explain import Choices
 from reparam.piece import Piece, fused, total, under
@@ -42,10 +45,13 @@ class FuseResult:
     Attributes:
         module: the fused model in eval mode, with the call signature of the original; shares no tensor with it.
         report: what was changed, what was left and why, and whether the two agree.
+        reference: what it was compared with: the original, or, where `inference_form` or a registered form said what
+            some of its modules are at inference, the original with that put in place (it shares the parameters).
     """
 
     module: nn.Module
     report: Report
+    reference: nn.Module
 
 
 def fuse(
@@ -59,6 +65,7 @@ def fuse(
     machine: str | None = None,
     explain: bool = False,
     fixed_sizes: bool = False,
+    inference_form: Mapping[str | type[nn.Module], Form] | None = None,
     passes: Sequence[Pass] | None = None,
     progress: Progress | None = None,
 ) -> FuseResult:
@@ -84,6 +91,10 @@ def fuse(
         explain: also report what was compared for each region and why one form won (`report.choices`); takes longer.
         fixed_sizes: let the fused model run at the example's sizes only, other than the batch; shifts in front of zero
             padding can then become one constant (`reparam.passes.bias_maps`). Other sizes raise `OtherInputError`.
+        inference_form: what modules are at inference whose own eval mode does not say so, by class, class name or
+            qualified name: "identity", a number (a constant scale), or a function that takes the module and returns
+            what stands for it. The result is compared with the model in that form. A model that draws random numbers
+            in eval mode is refused without it.
         passes: the passes to run, in order, in place of the usual ones; they bring their own prices.
         progress: called with a few words when a stage starts.
 
@@ -92,7 +103,7 @@ def fuse(
 
     Raises:
         InputError: the model, the inputs or an option cannot be used.
-        CaptureError: the model's graph cannot be captured.
+        CaptureError: the model's graph cannot be captured, or it draws random numbers in eval mode.
         NotEquivalentError: the fused model does not agree with the original; no module is returned.
     """
     _require_values(model)
@@ -116,13 +127,15 @@ def fuse(
         name = model.original_name
         with stages("converting from TorchScript"):
             model = graph_of_script(model, inputs)
-    made = _made(model, inputs, capture, steps, stages)
+    reference, said = in_inference_form(model, inference_form)
+    with _explained(model, reference, inputs):
+        made = _made(reference, inputs, capture, steps, stages)
     comparison: Comparison | None = None
     if level != "off":
         with stages("verifying"):
             exact = any(p.dtype == torch.float64 for p in model.parameters())
             twin = None if exact else made.float64()
-            comparison = verify_modules(model, made.module, inputs, level=level, seed=seed, candidate_float64=twin)
+            comparison = verify_modules(reference, made.module, inputs, level=level, seed=seed, candidate_float64=twin)
             del twin
     for piece in made.pieces:
         forget_float64(piece.module.graph)
@@ -131,13 +144,13 @@ def fuse(
         capture=made.how,
         before=made.before,
         after=made.after,
-        rewrites=made.rewrites,
+        rewrites=(*map(_rewrite_of, said), *made.rewrites),
         refusals=made.refusals,
         choices=None if choices is None else tuple(choices.made),
         comparison=comparison,
         environment=_environment(),
         seconds=stages.seconds,
-        notes=made.notes,
+        notes=(*_notes_of(said), *made.notes),
     )
     if comparison is not None and not comparison.passed:
         raise NotEquivalentError(
@@ -145,7 +158,40 @@ def fuse(
             "no model was made, please report this with the report attached to this error",
             report,
         )
-    return FuseResult(made.module, report)
+    return FuseResult(made.module, report, reference)
+
+
+@contextmanager
+def _explained(model: nn.Module, reference: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Says so if a model does not run in the form that it was said to have.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        yield
+    except UnfitModelError:
+        raise
+    except Exception as error:
+        wrong = None if reference is model else failure(reference, inputs)
+        if wrong is None or failure(model, inputs) is not None:
+            raise
+        raise InputError(
+            f"in the form that inference_form says, {type(reference).__name__} does not run on the example inputs: "
+            f"{type(wrong).__name__}: {wrong}"
+        ) from error
+
+
+def _rewrite_of(said: Said) -> Rewrite:
+    identity = f"{said.kind}(x) = {'x' if not said.form else said.form} at inference, as inference_form says"
+    return Rewrite("inference form", Place(said.path), (f"{said.path}: {said.kind}",), said.form, identity)
+
+
+def _notes_of(said: Sequence[Said]) -> tuple[str, ...]:
+    if not said:
+        return ()
+    kinds = ", ".join(dict.fromkeys(f"{one.kind} as {one.form or 'identity'}" for one in said))
+    return (f"inference_form was believed ({kinds}): what was fused is compared with the original in that form",)
 
 
 @dataclass(frozen=True)
@@ -165,6 +211,7 @@ class _Made:
 
 def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], stages: _Stages) -> _Made:
     if way == "modules":
+        _refuse_random(model, inputs, None)
         try:
             return _made_of_parts(model, inputs, way, "asked for", steps, stages)
         except NothingCapturedError:
@@ -173,6 +220,7 @@ def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], sta
         with stages("capturing the graph"), _garbage_collection_paused():
             captured = capture_graph(model, inputs, leaves(), way)
     except CaptureError as error:
+        _refuse_random(model, inputs, error)
         if way != "auto" or isinstance(error, UnfitModelError):
             raise
         try:
@@ -189,6 +237,17 @@ def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], sta
         *(made, captured.how, (piece,), lambda: float64_twin(made), *counts),
         *(piece.rewrites, piece.refusals, captured.notes),
     )
+
+
+def _refuse_random(model: nn.Module, inputs: Inputs, error: CaptureError | None) -> None:
+    """For a model that no graph holds whole; of a graph it is seen which draws matter, here all do.
+
+    Raises:
+        UnfitModelError: the model draws random numbers in eval mode.
+    """
+    draws = find_draws(model, inputs)
+    if draws:
+        raise UnfitModelError(refusal(type(model).__name__, draws)) from error
 
 
 def _made_of_parts(

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Request(Source):
         capture: how the graph is captured; as for `reparam.fuse`.
         objective, machine: what to have least of, and on which machine; as for `reparam.fuse`.
         explain: whether to report what was compared for each region.
+        inference_form: what modules are at inference; as for `reparam.fuse`.
         fixed_sizes: whether the fused model may run at the example's sizes only, the batch apart.
         onnx, archive: which files to write.
         bench: whether to measure latency; `bench_seconds` long.
@@ -52,6 +53,7 @@ class Request(Source):
     objective: str = "latency"
     machine: str | None = None
     explain: bool = False
+    inference_form: Mapping[Any, Any] = field(default_factory=dict)
     fixed_sizes: bool = False
     onnx: bool = True
     archive: bool = True
@@ -88,6 +90,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         machine=request.machine,
         explain=request.explain,
         fixed_sizes=request.fixed_sizes,
+        inference_form=request.inference_form,
         progress=progress,
     )
     report = replace(
@@ -108,12 +111,14 @@ def run(request: Request, progress: Progress | None = None) -> Report:
                 session = OnnxSession(file.path, threads=torch.get_num_threads())
                 notes += [f"ONNX: {note}" for note in file.notes]
             with stages("verifying the ONNX file"):
-                report = replace(report, onnx_comparison=_verify_onnx(model, session, file, inputs, request.seed))
+                report = replace(
+                    report, onnx_comparison=_verify_onnx(result.reference, session, file, inputs, request.seed)
+                )
         report = replace(report, notes=(*report.notes, *notes), seconds={**stages.seconds, **report.seconds})
         _require_equivalent(report)
         if request.bench:
             with stages("measuring latency"):
-                timing = _measure(model, result.module, session, inputs, request, progress)
+                timing = _measure(result.reference, result.module, session, inputs, request, progress)
             report = replace(report, timing=timing)
         files = _publish(folder, targets, Path(request.path))
     return replace(report, files=files, seconds={**report.seconds, **stages.seconds})

@@ -20,7 +20,15 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "reparam"
 
 # Every room may import these: they hold plain values and import nothing of ours but each other.
-COMMON = ("reparam.checks", "reparam.errors", "reparam.inputs", "reparam.lazy", "reparam.quiet", "reparam.__version__")
+COMMON = (
+    "reparam.chance",
+    "reparam.checks",
+    "reparam.errors",
+    "reparam.inputs",
+    "reparam.lazy",
+    "reparam.quiet",
+    "reparam.__version__",
+)
 # The files that hold a value another room is handed.
 CAPTURED = "reparam.capture.captured"
 PASS_VALUES = ("reparam.passes.base", "reparam.graph.place")
@@ -28,6 +36,7 @@ RESULT_VALUES = (*PASS_VALUES, "reparam.equivalence", "reparam.bench")
 
 # What each room may import of ours besides itself and COMMON. "reparam" alone is the package's own __init__.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "chance": (),
     "checks": (),
     "errors": (),
     "inputs": (),

@@ -15,6 +15,7 @@ from reparam.errors import OtherInputError, ReparamError
 from tests.support import EXACT, assert_unchanged, executed_counts, relative_error, snapshot, static_counts
 from tests.zoo.arithmetic import ARITHMETIC
 from tests.zoo.case import bn, conv, conv_bn
+from tests.zoo.chance_traps import CHANCE
 from tests.zoo.channel_traps import CHANNELS
 from tests.zoo.layout_traps import LAYOUTS
 from tests.zoo.peers import PEERS
@@ -23,7 +24,7 @@ from tests.zoo.traps import TRAPS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
 
-ALL = [*PEERS, *TRAPS, *ARITHMETIC, *CHANNELS, *LAYOUTS]
+ALL = [*PEERS, *TRAPS, *ARITHMETIC, *CHANNELS, *LAYOUTS, *CHANCE]
 
 
 def by_name(trap: Trap) -> str:
@@ -126,15 +127,12 @@ def test_fusing_twice_changes_nothing(name: str) -> None:
     )
 
 
-def test_monte_carlo_dropout_is_not_removed() -> None:
-    """`F.dropout(training=True)` draws on purpose: it stays random, or the model is refused."""
-    model = Lambda(lambda m, x: F.dropout(F.relu(m.block(x)), 0.5, True), block=conv_bn(2, 4, 4, 3)).double().eval()
-    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    try:
-        module = reparam.fuse(model, x, verify=False).module
-    except ReparamError:
-        return
-    assert not torch.equal(output_of(module, x), output_of(module, x))
+@pytest.mark.parametrize("trap", [trap for trap in CHANCE if trap.name.endswith("_always")], ids=by_name)
+def test_random_in_eval_mode_is_refused(trap: Trap) -> None:
+    """Also dropout that is left on on purpose: nothing is removed, and nothing random comes back."""
+    for verify in (True, False):
+        with pytest.raises(ReparamError, match=r"random"):
+            reparam.fuse(trap.make(), trap.example(), verify=verify)
 
 
 class WithFlag(nn.Module):

@@ -29,6 +29,16 @@ def same_answers(a: nn.Module, b: nn.Module, inputs: Inputs) -> bool:
     return _alike(_answer(copied(a), inputs), _answer(copied(b), inputs))
 
 
+def answers_otherwise_again(model: nn.Module, inputs: Inputs, seed: int) -> bool:
+    """Whether a copy of `model` answers otherwise in a second call, which starts from `seed`; the first one from 0."""
+    try:
+        twin = copied(model).eval()
+        first = _answer(twin, inputs)
+        return not _alike(first, _answer(twin, inputs, seed))
+    except Exception:
+        return False  # it cannot run at all, which is for others to say
+
+
 def graph_answers_as(model: nn.Module, inputs: Inputs, root: nn.Module, graph: fx.Graph) -> bool:
     """Whether a graph answers the example as its model does: what Python asked of a tensor may have escaped.
 
@@ -56,10 +66,10 @@ def _put_back(root: nn.Module, before: dict[str, torch.Tensor]) -> None:
             buffer.copy_(before[name])
 
 
-def _answer(module: nn.Module, inputs: Inputs) -> Any:
+def _answer(module: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
     """What the module returns, copied; the random state is the same each time and left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs.call(module))
 
 

@@ -184,6 +184,17 @@ def _method(name: str, *names: str) -> Rule:
     return lambda graph, a: graph.call_method(name, tuple(a[key] for key in names))
 
 
+def _in_place(function: Callable[..., Any], *names: str) -> Rule:
+    """An in-place operator that is neither a function nor a method of torch: the function with `inplace=True`."""
+    return lambda graph, a: graph.call_function(function, tuple(a[name] for name in names), {"inplace": True})
+
+
+def _elu_in_place(graph: fx.Graph, a: dict[str, Any]) -> Any:
+    if a["scale"] == a["input_scale"] == 1:
+        return graph.call_function(F.elu, (a["self"], a["alpha"]), {"inplace": True})
+    return graph.call_function(torch._C._nn.elu_, (a["self"], a["alpha"], a["scale"], a["input_scale"]))
+
+
 def _cast(graph: fx.Graph, a: dict[str, Any]) -> Any:
     kept = {key: a[key] for key in ("dtype", "device", "memory_format") if a.get(key) is not None}
     return graph.call_method("to", (a["self"],), {**kept, "copy": True})
@@ -212,16 +223,22 @@ _RULES: Mapping[str, Rule] = {
     "convolution": _convolution,
     "detach_": _method("detach", "self"),
     "einsum": _einsum,
+    "elu_": _elu_in_place,
     "embedding": _reordered(F.embedding, "indices", "weight"),
     "group_norm": _reordered(F.group_norm, "input", "num_groups", weight="weight", bias="bias", eps="eps"),
+    "hardsigmoid_": _in_place(F.hardsigmoid, "self"),
+    "hardswish_": _in_place(F.hardswish, "self"),
+    "hardtanh_": _in_place(F.hardtanh, "self", "min_val", "max_val"),
     "index": _index,
     "layer_norm": _reordered(F.layer_norm, "input", "normalized_shape", weight="weight", bias="bias", eps="eps"),
+    "leaky_relu_": _in_place(F.leaky_relu, "self", "negative_slope"),
     "lift_fresh_copy": _method("clone", "self"),
     "max_pool1d": _pool(F.max_pool1d),
     "max_pool2d": _pool(F.max_pool2d),
     "max_pool2d_with_indices": _pool_with_indices(F.max_pool2d),
     "max_pool3d": _pool(F.max_pool3d),
     "max_pool3d_with_indices": _pool_with_indices(F.max_pool3d),
+    "mish_": _in_place(F.mish, "self"),
     "pad": _reordered(F.pad, "self", "pad", mode="mode", value="value"),
     "reflection_pad1d": _padding("reflect"),
     "reflection_pad2d": _padding("reflect"),
@@ -229,8 +246,10 @@ _RULES: Mapping[str, Rule] = {
     "replication_pad1d": _padding("replicate"),
     "replication_pad2d": _padding("replicate"),
     "replication_pad3d": _padding("replicate"),
+    "rrelu_": _in_place(F.rrelu, "self", "lower", "upper", "training"),
     "rsub": _subtract_from,
     "select": _select,
+    "silu_": _in_place(F.silu, "self"),
     "slice": _slice,
     "split_with_sizes": _reordered(torch.split, "self", "split_sizes", dim="dim"),
     "sym_numel": _method("numel", "self"),
@@ -251,17 +270,24 @@ _SAME: Mapping[str, Callable[..., Any]] = {
     "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
     "adaptive_avg_pool3d": F.adaptive_avg_pool3d,
     "alpha_dropout": F.alpha_dropout,
+    "alpha_dropout_": torch.alpha_dropout_,
     "avg_pool1d": F.avg_pool1d,
+    "celu_": torch.celu_,
     "dropout": F.dropout,
+    "dropout_": torch.dropout_,
     "feature_dropout": F.dropout2d,
     "feature_alpha_dropout": F.feature_alpha_dropout,
+    "feature_alpha_dropout_": torch.feature_alpha_dropout_,
+    "feature_dropout_": torch.feature_dropout_,
     "hardsigmoid": F.hardsigmoid,
     "hardswish": F.hardswish,
     "hardtanh": F.hardtanh,
     "leaky_relu": F.leaky_relu,
     "relu6": F.relu6,
+    "selu_": torch.selu_,
     "silu": F.silu,
     "split": torch.split,
+    "threshold_": torch.threshold_,
 }
 
 _DROPPED = (

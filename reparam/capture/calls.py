@@ -1,5 +1,7 @@
 """Functions that take sizes and no traced tensor, as in `torch.arange(height)` and `constant.expand(n, -1)`.
 
+Those that draw random numbers (`torch.rand(4, 1, 1)`) make a node whatever they are given: their value is no constant.
+
 torch checks their arguments before anything could tell the tracer of a traced size, so while a model is traced
 other functions stand in their place, which ask the tracer first.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from types import BuiltinFunctionType
 from typing import Any
 from unittest import mock
@@ -17,6 +20,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tensor")
+_RANDOM = """
+    bernoulli multinomial normal poisson rand rand_like randint randint_like randn randn_like randperm
+"""
+_OF_MODE = {"train", "training", "dropout_p", "dropout", "compute_log_sumexp"}
 # A tensor may stand for a number in these: torch takes a proxy, which says it is a tensor, for one and reads memory.
 _OF_NUMBERS = """
     add bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor bucketize clamp clamp_max
@@ -31,18 +38,41 @@ _METHODS = ("expand", "new_empty", "new_full", "new_ones", "new_zeros", "repeat"
 def functions_of_numbers() -> tuple[Callable[..., Any], ...]:
     """Functions that must not see a proxy, for `Tracer(autowrap_functions=...)`, as a model may import them by name."""
     return (
-        *(getattr(torch, name) for name in _OF_NUMBERS.split() if hasattr(torch, name)),
+        *(getattr(torch, name) for name in f"{_OF_NUMBERS} {_RANDOM}".split() if hasattr(torch, name)),
         *(getattr(torch.special, name) for name in _SPECIAL),
     )
 
 
+@lru_cache(maxsize=4096)
+def always_draws(target: Any) -> bool:
+    """Whether a function or method of torch draws in every call, also where stand-ins for values gave it no need to.
+
+    torch tags the operators that draw; those with a mode or a rate of their own draw in some calls only.
+    """
+    name = target if isinstance(target, str) else getattr(target, "__name__", "").split(".")[0]
+    if not isinstance(target, (str, BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return False
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    arguments = {argument.name for overload in overloads for argument in overload._schema.arguments}
+    return not arguments & _OF_MODE and any(
+        torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads
+    )
+
+
 @contextmanager
-def traced_calls(tracer: fx.Tracer) -> Iterator[None]:
-    """Within it, calls of these functions with a proxy make a node."""
+def traced_calls(tracer: Any) -> Iterator[None]:
+    """Within it, calls of these functions with a proxy make a node of the tracer's, and so does drawing numbers."""
     with ExitStack() as stack:
         for name in _FACTORIES:
             function = getattr(torch, name)
             stack.enter_context(mock.patch.object(torch, name, _traced(tracer, "call_function", function, function)))
+        for name in _RANDOM.split():
+            function = getattr(torch, name)
+            drawing = _traced(tracer, "call_function", function, function, always=True)
+            stack.enter_context(mock.patch.object(torch, name, drawing))
         for owner, names in ((torch, _OF_NUMBERS.split()), (torch.special, _SPECIAL)):
             for name in names:
                 if function := getattr(owner, name, None):
@@ -54,9 +84,11 @@ def traced_calls(tracer: fx.Tracer) -> Iterator[None]:
         yield
 
 
-def _traced(tracer: fx.Tracer, kind: str, target: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+def _traced(
+    tracer: Any, kind: str, target: Any, original: Callable[..., Any], *, always: bool = False
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        if any(map(_is_proxy, pytree.tree_leaves((args, kwargs)))):
+        if (always and not tracer.executing) or any(map(_is_proxy, pytree.tree_leaves((args, kwargs)))):
             return tracer.create_proxy(kind, target, args, kwargs)
         return original(*args, **kwargs)
 

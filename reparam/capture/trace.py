@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from reparam.capture.agreement import answers_alike, graph_answers_as
+from reparam.capture.agreement import answers_alike, answers_otherwise_again, graph_answers_as
 from reparam.capture.captured import Captured, Leaves
 from reparam.capture.copying import copied
 from reparam.capture.exported import export
 from reparam.capture.proxies import UnfitError
 from reparam.capture.state import Memory
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
+from reparam.chance import Generators
 from reparam.checks import Guards, require_value
 from reparam.errors import CaptureError, InputError, UnfitModelError
 from reparam.inputs import ExampleInputs, Inputs
@@ -117,10 +119,8 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
         about_state = _state_notes(model, inputs, traced)
         if not graph_answers_as(model, inputs, traced.root, traced.graph):
             raise CaptureError(f"{type(model).__name__} cannot be traced: its graph answers the example otherwise")
-    notes: tuple[str, ...] = (
-        ("the model was in train mode; its inference form was taken (eval mode)",) if model.training else ()
-    )
-    notes += (*_size_notes(traced), *_guards(traced.root, inputs), *about_state)
+    _require_a_function(model, inputs, traced.graph)
+    notes = (*_mode_notes(model), *_size_notes(traced), *_guards(traced.root, inputs), *about_state)
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
 
@@ -132,8 +132,15 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
     """
     name = type(model).__name__
     try:
-        with torch.random.fork_rng(devices=[]):
-            program = export(private_copy(model), inputs.clone())
+        twin = private_copy(model)
+        generators = Generators(twin)
+        try:
+            program = export(twin, inputs.clone())
+            drawn = [name for name in generators.moved() if not name.startswith("torch")]
+        finally:
+            generators.restore()
+        if drawn:
+            raise UnfitModelError(f"{name} draws a random number ({drawn[0]}), which the graph would repeat")
         captured = _symbolic(program, inputs, leaves)
         if not graph_answers_as(model, inputs, captured.root, captured.graph):
             raise CaptureError(f"{name} cannot be exported: the program answers the example otherwise")
@@ -148,9 +155,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
     notes = (
         captured.notes if before is None else (f"{_stopped(before)}; it was captured by torch.export", *captured.notes)
     )
-    if model.training:
-        notes = ("the model was in train mode; its inference form was taken (eval mode)", *notes)
-    return replace(captured, how="export", name=name, notes=notes)
+    return replace(captured, how="export", name=name, notes=(*_mode_notes(model), *notes))
 
 
 _FIXED_SIZE = re.compile(r"(\w+)\.size\(\)\[(\d+)\] == (\d+)")
@@ -213,6 +218,45 @@ class _Traced:
     frozen: tuple[str, ...]
     written: frozenset[int]
     decided: tuple[str, ...]
+
+
+def _require_a_function(model: nn.Module, inputs: Inputs, graph: fx.Graph) -> None:
+    """What a graph holds of state and of random numbers it shows; this is for what it would hold as constants.
+
+    Raises:
+        UnfitModelError: the model answers otherwise when it is called again, and no node of the graph says why.
+    """
+    if any(node.meta.get("writes") for node in graph.nodes):
+        return
+    draws = any(node.meta.get("draws") for node in graph.nodes)  # these get the same numbers again
+    if answers_otherwise_again(model, inputs, seed=0 if draws else 1):
+        raise UnfitModelError(
+            f"{type(model).__name__} answers the same input otherwise when it is called again, which a graph cannot "
+            "hold: it keeps state, or draws random numbers from a generator of its own; make it a function of its input"
+        )
+
+
+def _mode_notes(model: nn.Module) -> tuple[str, ...]:
+    """What the user should know of modes, and of normalisations that have no eval mode."""
+    notes: tuple[str, ...] = ()
+    training = [name for name, module in model.named_modules() if module.training]
+    if model.training:
+        notes = ("the model was in train mode; its inference form was taken (eval mode)",)
+    elif training:
+        listed = ", ".join(training[:4]) + (", ..." if len(training) > 4 else "")
+        notes = (f"{listed} in the model stood in train mode; the inference form was taken there, too (eval mode)",)
+    lonely = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None)
+    ]
+    if lonely:
+        listed = ", ".join(lonely[:4]) + (", ..." if len(lonely) > 4 else "")
+        notes += (
+            f"without running statistics, {listed} {'normalises' if len(lonely) == 1 else 'normalise'} by the batch at "
+            "inference, too: what an input gives depends on the others in its batch",
+        )
+    return notes
 
 
 def _size_notes(traced: _Traced) -> tuple[str, ...]:

@@ -7,18 +7,18 @@ with. Values of activations always do: control flow on them stops the trace.
 
 What is answered from the example and could be otherwise on another input is checked when the model runs: ranks,
 conditions and loops over sizes, and the structure of arguments that are containers (`checks.py`). What a graph
-cannot hold stops the trace: random numbers and tensors written to that depend on no input, another autocast.
+cannot hold stops the trace: numbers from random generators other than torch's, tensors written to that depend on no
+input, another autocast. A node that moved torch's generator when it ran says so: `meta["draws"]`.
 """
 
 from __future__ import annotations
 
 import builtins
 import operator
-import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -28,13 +28,14 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from reparam.capture.arguments import check_arguments
-from reparam.capture.calls import functions_of_numbers, traced_calls
+from reparam.capture.calls import always_draws, functions_of_numbers, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
 from reparam.capture.exported import Origins
 from reparam.capture.proxies import READS, UnfitError, ValueProxy, is_argument, is_from_argument, user_line
 from reparam.capture.reading import ReadingTracer
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
+from reparam.chance import Generators
 from reparam.checks import (
     Guards,
     require_decision,
@@ -105,6 +106,7 @@ class ValueTracer(fx.Tracer):
     ) -> None:
         super().__init__(autowrap_functions=(*leaves.functions, *functions_of_numbers()))
         self._leaves = leaves.modules
+        self._leaf_functions = leaves.functions
         self._compute = compute
         self._arguments = arguments
         self._fixed = fixed
@@ -126,6 +128,7 @@ class ValueTracer(fx.Tracer):
         self._memory = memory
         self._origins = Origins(root)
         self._parameters = {storage_of(parameter): name for name, parameter in root.named_parameters()}
+        self._drew = False
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Traces, leaving the global random state as it was.
@@ -133,20 +136,20 @@ class ValueTracer(fx.Tracer):
         Raises:
             UnfitError: the forward draws random numbers that no input goes into, which a graph would repeat.
         """
-        python = random.getstate()
-        start = torch.get_rng_state()
+        generators = Generators(root)
         try:
             with traced_calls(self):
                 graph = super().trace(root, concrete_args)
-            drawn = random.getstate() != python or not torch.equal(start, torch.get_rng_state())
+            drawn = generators.moved()
         finally:
-            random.setstate(python)
-            torch.set_rng_state(start)
+            generators.restore()
         if drawn:
-            raise UnfitError("the forward draws a random number, which the graph would repeat")
+            raise UnfitError(f"the forward draws a random number ({drawn[0]}), which the graph would repeat")
         check_arguments(graph, root)
         graph._tracer_cls = ReadingTracer  # for whoever unpickles a module with this graph
         for node in graph.nodes:
+            if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] == "torch":
+                node.meta.pop("is_wrapped", None)  # else a module made of the graph has `wrap('torch.pow')` in its code
             if isinstance(node.type, str):
                 node.type = None  # of a postponed annotation there is only the text, which cannot be pickled as a type
         return graph
@@ -197,7 +200,15 @@ class ValueTracer(fx.Tracer):
         seen = _fingerprint if getattr(target, "__name__", "") in _WRITES_UNCOUNTED else version
         versions = [(other, t, seen(t)) for other, value in used.items() for t in _tensors(value)]
         value = self._execute(kind, target, plain_args, plain_kwargs)
-        self._note_writes(node, [(other, t) for other, t, before_it in versions if seen(t) != before_it])
+        written = [(other, t) for other, t, before_it in versions if seen(t) != before_it]
+        given = next((other for other, input_value in used.items() if input_value is value), None)
+        if given is not None and not written and self._returns(kind, target, args, kwargs, given):
+            self.graph.erase_node(node)
+            same: fx.Proxy = next(arg for arg in _proxies((args, kwargs)) if arg.node is given)
+            return same
+        self._note_writes(node, written)
+        if self._drew or always_draws(target):
+            node.meta["draws"] = True
         proxy.reparam_value = value
         proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))
         if _reads_sizes(kind, target, plain_args):
@@ -260,7 +271,13 @@ class ValueTracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    @property
+    def executing(self) -> bool:
+        """Whether an operation is being computed, so that what it calls makes no nodes."""
+        return self._executing
+
     def to_bool(self, obj: Any) -> bool:
+        _require_not_drawn(obj)
         if obj.reparam_constant:
             return bool(self.value_read(obj))
         if not obj.reparam_of_sizes:
@@ -275,6 +292,7 @@ class ValueTracer(fx.Tracer):
         Raises:
             TraceError: it depends on an activation.
         """
+        _require_not_drawn(obj)
         if not (obj.reparam_constant or obj.reparam_of_sizes):
             raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
         value = self.value_read(obj)
@@ -362,6 +380,7 @@ class ValueTracer(fx.Tracer):
         return self._fixed[name]
 
     def _execute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        self._drew = False
         if kind == "placeholder":
             return self._arguments.get(str(target).lstrip("*"))
         if kind == "get_attr":
@@ -369,7 +388,7 @@ class ValueTracer(fx.Tracer):
         if kind == "output":
             return None
         self._executing = True
-        random_state = torch.get_rng_state()
+        random_states = _random_states()
         try:
             with torch.no_grad():
                 if kind == "call_function":
@@ -382,8 +401,33 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             raise ExecutionError(self.scope.module_path, error) from error
         finally:
-            torch.set_rng_state(random_state)
+            self._drew = not all(map(torch.equal, random_states, _random_states()))
+            torch.set_rng_state(random_states[0])
+            if self._drew and len(random_states) > 1:
+                torch.cuda.set_rng_state_all(random_states[1:])
             self._executing = False
+
+    def _returns(self, kind: str, function: Any, args: Any, kwargs: Any, given: fx.Node) -> bool:
+        """Whether a Python function that its author has kept whole (`torch.fx.wrap`) only returns what it is given.
+
+        It did so in the example, and does so when it is traced: no value decides it. What it asks of sizes is checked.
+        """
+        ours = ("torch", "reparam", "_operator", "builtins")
+        is_users = isinstance(function, FunctionType) and function.__module__.partition(".")[0] not in ours
+        if kind != "call_function" or not is_users or function in self._leaf_functions:
+            return False
+        last = next(reversed(self.graph.nodes))
+        kept = (self._tentative.copy(), self._checked.copy(), self._rank_checked.copy(), self.read.copy())
+        try:
+            result: Any = function(*args, **kwargs)
+            if issubclass(type(result), fx.Proxy) and result.node is given:
+                return True
+        except Exception:
+            pass  # it decides by values, or is nothing that can be traced
+        while next(reversed(self.graph.nodes)) is not last:
+            self.graph.erase_node(next(reversed(self.graph.nodes)))
+        self._tentative, self._checked, self._rank_checked, self.read = kept
+        return False
 
     def _check_module(self, target: str, args: tuple[Any, ...]) -> None:
         """A call of a module in the graph stands for the module as it is when the model is not running.
@@ -467,6 +511,40 @@ class ValueTracer(fx.Tracer):
             return node.args[1] in names
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         return name.rstrip("_123d") in names or name in names
+
+
+def _proxies(value: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def collect(leaf: Any) -> Any:
+        if issubclass(type(leaf), fx.Proxy):
+            found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(value, collect)
+    return found
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Of torch's own generators, the one of the CPU first."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def _require_not_drawn(proxy: Any) -> None:
+    """Stops the trace where Python asks for the value of a random number.
+
+    Raises:
+        UnfitError: it does.
+    """
+    pending, seen = [proxy.node], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.meta.get("draws"):
+            raise UnfitError("the forward decides by a random number")
+        pending += node.all_input_nodes
 
 
 def _squeezes(node: fx.Node) -> bool:

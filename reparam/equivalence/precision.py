@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from reparam.chance import Generators
 from reparam.equivalence.outputs import Flat, flatten
 from reparam.errors import InputError
 from reparam.inputs import Inputs
@@ -109,7 +110,12 @@ def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None)
 
 
 def run(
-    model: Callable[..., Any] | PrivateCopy, inputs: Inputs, *, seed: int, dtype: torch.dtype | None = None
+    model: Callable[..., Any] | PrivateCopy,
+    inputs: Inputs,
+    *,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    drawn: list[str] | None = None,
 ) -> Flat:
     """Calls a model and flattens what it returns, with its random numbers drawn from `seed`.
 
@@ -117,23 +123,28 @@ def run(
         model: a module or any other callable; the inputs are moved to the module's device.
         dtype: float64 or float32 casts the floating-point inputs, and makes every cast to a narrower dtype inside the
             model a cast to this one; None runs the model as it is.
+        drawn: where given, gets the names of the generators that the model drew from.
     """
     if isinstance(model, PrivateCopy):
-        return model.run(lambda module: _run(module, inputs, seed, dtype))
-    return _run(model, inputs, seed, dtype)
+        return model.run(lambda module: _run(module, inputs, seed, dtype, drawn))
+    return _run(model, inputs, seed, dtype, drawn)
 
 
-def _run(model: Callable[..., Any], inputs: Inputs, seed: int, dtype: torch.dtype | None) -> Flat:
+def _run(
+    model: Callable[..., Any], inputs: Inputs, seed: int, dtype: torch.dtype | None, drawn: list[str] | None
+) -> Flat:
     device = _device(model)
     if device is not None:
         inputs = inputs.map(lambda tensor: tensor.to(device))
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        if dtype is None:
-            return flatten(inputs.call(model))
-        with _all_in(dtype):
-            return flatten(inputs.to(dtype).call(model))
+        generators = None if drawn is None else Generators()
+        with contextlib.nullcontext() if dtype is None else _all_in(dtype):
+            result = flatten((inputs if dtype is None else inputs.to(dtype)).call(model))
+        if drawn is not None and generators is not None:
+            drawn += generators.moved()
+        return result
 
 
 def disturbed(candidate: nn.Module, original: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module | None:

@@ -78,8 +78,8 @@ def verify(
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
 
     Raises:
-        InputError: the level does not exist, the original cannot run on the example inputs, or a module cannot be
-            copied.
+        InputError: the level does not exist, the original cannot run on the example inputs, a module cannot be
+            copied, or the original draws random numbers from elsewhere than torch, so that no seed repeats its answers.
     """
     inputs = Inputs.of(example_inputs)
     dtype = deployment_dtype(original, inputs)
@@ -229,11 +229,16 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
 
 def _run_original(session: _Session, case: Case) -> tuple[Flat, Flat | None, Flat | None]:
     """Truth, deployment run (None if it is the truth), and the run that shows the noise of a float64 model."""
+    drawn: list[str] | None = [] if case.seed is None else None
     try:
-        original = None if session.original is None else _call(session, session.original, case, None)
+        original = None if session.original is None else _call(session, session.original, case, None, drawn)
+        if original is not None and drawn:
+            _note_chance(session, case, original, drawn)
         truth = _call(session, session.original64, case, torch.float64)
         if original is not None and session.rules.dtype == torch.float64 and identical(original, truth):
             original = session.original = None  # there is no cast in it that the truth leaves out
+    except InputError:
+        raise
     except Exception as error:
         raise _RefusedError(f"the original itself cannot run it ({first_line(error)})") from error
     noise = None
@@ -244,6 +249,26 @@ def _run_original(session: _Session, case: Case) -> tuple[Flat, Flat | None, Fla
             session.notes.append(f"no float32 run to estimate the rounding noise from ({first_line(error)})")
             session.noise = None
     return truth, original, noise
+
+
+def _note_chance(session: _Session, case: Case, answer: Flat, drawn: list[str]) -> None:
+    """Both models get the same random numbers of torch; from elsewhere they would get different ones.
+
+    Raises:
+        InputError: the original draws from elsewhere, and answers otherwise when it is run again.
+    """
+    assert session.original is not None
+    others = sorted({name for name in drawn if not name.startswith("torch")})
+    if others and not identical(answer, run(session.original, case.inputs, seed=session.seed)):
+        raise InputError(
+            f"the original draws random numbers in eval mode (from {', '.join(others)}) and answers the same input "
+            "otherwise each time, so that nothing can be compared with it; put in place of what draws them what it is "
+            "at inference, and compare with that"
+        )
+    session.notes.append(
+        "the original draws random numbers in eval mode; both models were given the same ones, and with others they "
+        "were not compared"
+    )
 
 
 def _run_float64(session: _Session, case: Case) -> tuple[Flat | None, Flat | None]:
@@ -263,7 +288,9 @@ def _run_float64(session: _Session, case: Case) -> tuple[Flat | None, Flat | Non
     return exact, rounded
 
 
-def _call(session: _Session, model: Model, case: Case, dtype: torch.dtype | None) -> Flat:
+def _call(
+    session: _Session, model: Model, case: Case, dtype: torch.dtype | None, drawn: list[str] | None = None
+) -> Flat:
     wide = session.rules.dtype == torch.float64 if dtype is None else dtype == torch.float64
     session.spent += case.relative_size * (1.0 if wide else _NARROW_COST)
-    return run(model, case.inputs, seed=session.seed, dtype=dtype)
+    return run(model, case.inputs, seed=session.seed, dtype=dtype, drawn=drawn)

@@ -305,4 +305,6 @@ def _has_effect(node: fx.Node) -> bool:
         return True
     if node.op == "call_function" and node.target in CHECKS:
         return True
+    if node.meta.get("draws"):
+        return False  # numbers that nobody reads
     return node.op == "call_function" and bool(node.is_impure())

@@ -6,6 +6,7 @@ under another name is replaced by its input.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,18 @@ from reparam.graph.normal import eliminate_dead_code
 from reparam.passes.base import Refusal, Rewrite
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_FUNCTIONS = {
-    F.dropout: 2,
-    F.dropout1d: 2,
-    F.dropout2d: 2,
-    F.dropout3d: 2,
-    F.alpha_dropout: 2,
-    F.feature_alpha_dropout: 2,
-    torch.dropout: 2,
-}
+_ATEN = torch.ops.aten
+# Functions that drop unless they are told otherwise, and those that are always told.
+_DROP_BY_DEFAULT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+_FUNCTIONS = (
+    *_DROP_BY_DEFAULT,
+    *(F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout, torch.native_dropout),
+    *(_ATEN.dropout, _ATEN.feature_dropout, _ATEN.alpha_dropout, _ATEN.feature_alpha_dropout, _ATEN.native_dropout),
+    *(_ATEN.dropout.default, _ATEN.feature_dropout.default, _ATEN.alpha_dropout.default),
+    *(_ATEN.feature_alpha_dropout.default, _ATEN.native_dropout.default),
+)
+_WITH_MASK = (torch.native_dropout, _ATEN.native_dropout, _ATEN.native_dropout.default)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,7 @@ class InferenceForm:
                 refusals.append(what)
             elif what is not None:
                 rewrites.append(Rewrite(self.name, place(node), (described(node, root),), "", what))
-                node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
-                graph.erase_node(node)
+                _replace(node, node.args[0] if node.args else node.kwargs["input"])
         eliminate_dead_code(graph)
         return rewrites, refusals
 
@@ -58,15 +61,26 @@ def _no_op(node: fx.Node, root: nn.Module) -> str | Refusal | None:
     module = module_of(node, root)
     if module is not None:
         return _no_op_module(node, module)
-    if node.op == "call_function" and node.target in _FUNCTIONS:
-        training = _argument(node, "train" if node.target is torch.dropout else "training", _FUNCTIONS[node.target])
-        default = node.target in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-        if training is False or (training is None and not default):
-            return "dropout(x) = x in eval mode"
-        if _argument(node, "p", 1) == 0:
-            return "dropout(x) = x for p = 0"
-        return _still_random(node)
-    return None
+    if node.op != "call_function" or node.target not in _FUNCTIONS:
+        return None
+    if node.target in _WITH_MASK and any(
+        user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users
+    ):
+        return None  # its mask is read
+    training = _argument(node, ("training", "train"), 2)
+    if training is False or (training is None and node.target not in _DROP_BY_DEFAULT):
+        return "dropout(x) = x in eval mode"
+    return "dropout(x) = x for p = 0" if _argument(node, ("p",), 1) == 0 else _still_dropping(node)
+
+
+def _replace(node: fx.Node, value: Any) -> None:
+    """Puts a value where a node was read, and erases it."""
+    if node.target in _WITH_MASK:
+        for part in list(node.users):
+            part.replace_all_uses_with(value)
+            node.graph.erase_node(part)
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
 
 
 def _no_op_module(node: fx.Node, module: nn.Module) -> str | Refusal | None:
@@ -77,18 +91,20 @@ def _no_op_module(node: fx.Node, module: nn.Module) -> str | Refusal | None:
         return Refusal("inference form", place(node), type(module).__name__, why, "remove the hooks, then fuse")
     if isinstance(module, nn.Identity):
         return "identity(x) = x"
-    return _still_random(node) if module.training and module.p else "dropout(x) = x in eval mode"
+    return _still_dropping(node) if module.training and module.p else "dropout(x) = x in eval mode"
 
 
-def _still_random(node: fx.Node) -> Refusal:
+def _still_dropping(node: fx.Node) -> Refusal:
+    """What drops at random is refused with the whole model; what is left drops everything (p = 1)."""
     return Refusal(
         "inference form",
         place(node),
         "dropout",
-        "it drops at random in eval mode too (training=True)",
+        "it drops in eval mode too (training=True)",
         "pass training=self.training, so that it is off at inference",
     )
 
 
-def _argument(node: fx.Node, name: str, index: int) -> Any:
-    return node.kwargs.get(name, node.args[index] if len(node.args) > index else None)
+def _argument(node: fx.Node, names: tuple[str, ...], index: int) -> Any:
+    given = next((node.kwargs[name] for name in names if name in node.kwargs), None)
+    return node.args[index] if len(node.args) > index else given

@@ -167,3 +167,21 @@ def test_the_model_is_not_shared_and_not_changed() -> None:
 def test_what_no_graph_can_hold_is_refused_by_export_too(forward: Any) -> None:
     with pytest.raises(reparam.CaptureError):
         reparam.fuse(odd(forward), image(2), capture="export", verify=False)
+
+
+IN_PLACE = [
+    *(nn.ReLU(True), nn.ReLU6(True), nn.Hardswish(True), nn.Hardsigmoid(True), nn.Hardtanh(-0.5, 0.7, inplace=True)),
+    *(nn.SiLU(True), nn.Mish(True), nn.LeakyReLU(0.2, True), nn.ELU(1.2, True), nn.SELU(True), nn.CELU(1.3, True)),
+    *(nn.Threshold(0.1, 0.2, True), nn.RReLU(inplace=True)),
+]
+
+
+@pytest.mark.parametrize("activation", IN_PLACE, ids=lambda module: type(module).__name__)
+def test_activations_in_place_hide_nothing(activation: nn.Module) -> None:
+    """An operator that was not known to write in place kept a dropout and a BatchNorm behind it."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(4, 4, 3), activation, nn.Dropout(inplace=True), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(*layers).double().eval()
+    result = reparam.fuse(model, image(2), capture="export")
+    assert (result.report.after.batch_norms, result.report.after.dropouts) == (0, 0)
+    assert relative_error(copy.deepcopy(model)(image(2)), result.module(image(2))) < 1e-12

@@ -161,12 +161,13 @@ def test_what_is_no_constant_is_not_folded(name: str) -> None:
         buffers = {"state": torch.ones(1), "mean": torch.zeros(4), "var": torch.ones(4)}
         return built(forward, p=nn.Parameter(torch.zeros(4, 1, 1)), **buffers)
 
+    if name == "random":  # refused as a whole
+        with pytest.raises(reparam.CaptureError, match="bernoulli"):
+            reparam.fuse(make(), X, verify=False)
+        return
     fused, original = reparam.fuse(make(), X, verify=False).module, make()
     for _ in range(3):
-        if name == "random":
-            assert constant_operations(fused)
-        else:
-            assert relative_error(original(X), fused(X)) < 1e-14
+        assert relative_error(original(X), fused(X)) < 1e-14
 
 
 def test_fusing_again_changes_nothing() -> None:

@@ -8,6 +8,7 @@ from tests.zoo import (
     constants,
     corner_chains,
     corners,
+    dropouts,
     heads,
     layouts,
     linears,
@@ -29,6 +30,7 @@ _ROOMS = (
     layouts,
     heads,
     notes,
+    dropouts,
 )
 BLOCKS: list[BlockCase] = [case for room in _ROOMS for case in room.CASES]
 
