@@ -8,15 +8,16 @@ other functions stand in their place, which ask the tracer first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tensor")
@@ -63,25 +64,59 @@ def always_draws(target: Any) -> bool:
 
 
 @contextmanager
-def traced_calls(tracer: Any) -> Iterator[None]:
-    """Within it, calls of these functions with a proxy make a node of the tracer's, and so does drawing numbers."""
+def traced_calls(tracer: Any, root: nn.Module) -> Iterator[None]:
+    """Within it, calls of these functions with a proxy make a node of the tracer's, and so does drawing numbers.
+
+    They are replaced wherever somebody may have put them: in torch, in the names of every module of Python that is
+    loaded, and in the attributes of the modules in `root` and of their classes.
+    """
     with ExitStack() as stack:
-        for name in _FACTORIES:
-            function = getattr(torch, name)
-            stack.enter_context(mock.patch.object(torch, name, _traced(tracer, "call_function", function, function)))
-        for name in _RANDOM.split():
-            function = getattr(torch, name)
-            drawing = _traced(tracer, "call_function", function, function, always=True)
-            stack.enter_context(mock.patch.object(torch, name, drawing))
-        for owner, names in ((torch, _OF_NUMBERS.split()), (torch.special, _SPECIAL)):
+        stand_ins: dict[int, Callable[..., Any]] = {}
+        for owner, names in (
+            *((torch, names) for names in (_FACTORIES, _RANDOM.split(), _OF_NUMBERS.split())),
+            (torch.special, _SPECIAL),
+        ):
             for name in names:
                 if function := getattr(owner, name, None):
-                    stand_in = _traced(tracer, "call_function", function, function)
+                    always = owner is torch and name in _RANDOM.split()
+                    stand_in = _traced(tracer, "call_function", function, function, always=always)
+                    stand_ins[id(function)] = stand_in
                     stack.enter_context(mock.patch.object(owner, name, stand_in))
+        for patch in _elsewhere(stand_ins, root):
+            stack.enter_context(patch)
         for name in (*_METHODS, "pow", "remainder", "bitwise_and", "clamp", "where", "float_power"):
             method = getattr(torch.Tensor, name)
             stack.enter_context(mock.patch.object(torch.Tensor, name, _traced(tracer, "call_method", name, method)))
         yield
+
+
+def _elsewhere(stand_ins: Mapping[int, Callable[..., Any]], root: nn.Module) -> Iterator[Any]:
+    """Patches of the names by which others than torch know the functions."""
+    for name, module in list(sys.modules.items()):
+        theirs = isinstance(module, ModuleType) and not name.startswith(("torch.", "reparam."))
+        if theirs and (found := _known(vars(module), stand_ins)):
+            yield _replaced(vars(module), found)
+    for part in root.modules():
+        if found := _known(vars(part), stand_ins):
+            yield _replaced(vars(part), found)
+    for kind in {base for part in root.modules() for base in type(part).__mro__}:
+        for name, stand_in in _known(vars(kind), stand_ins).items():
+            yield mock.patch.object(kind, name, staticmethod(stand_in))
+
+
+@contextmanager
+def _replaced(names: dict[str, Any], stand_ins: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Other values for some names, of which those that are still there afterwards go back."""
+    before = {name: names[name] for name in stand_ins}
+    names.update(stand_ins)
+    try:
+        yield
+    finally:
+        names.update({name: value for name, value in before.items() if names.get(name) is stand_ins[name]})
+
+
+def _known(names: Mapping[str, Any], stand_ins: Mapping[int, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    return {name: stand_ins[id(value)] for name, value in list(names.items()) if id(value) in stand_ins}
 
 
 def _traced(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from reparam.capture.calls import functions_of_numbers, traced_calls
 from reparam.checks import CHECKS
@@ -33,5 +33,5 @@ class ReadingTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Traces with calls of sizes alone recorded as well."""
-        with traced_calls(self):
+        with traced_calls(self, root if isinstance(root, nn.Module) else nn.Module()):
             return super().trace(root, concrete_args)

@@ -138,7 +138,7 @@ class ValueTracer(fx.Tracer):
         """
         generators = Generators(root)
         try:
-            with traced_calls(self):
+            with traced_calls(self, root):
                 graph = super().trace(root, concrete_args)
             drawn = generators.moved()
         finally:
