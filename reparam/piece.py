@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from reparam.capture.captured import Captured
 from reparam.graph.build import built
 from reparam.graph.count import count_operations
 from reparam.graph.draws import refuse_random
+from reparam.graph.emit import Constant
 from reparam.graph.normal import normalise, restore_in_place
 from reparam.passes import Pass
 from reparam.passes.base import Refusal, Rewrite
@@ -47,6 +49,9 @@ def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece
         UnfitModelError: the result depends on random numbers that the graph draws.
     """
     graph, root = captured.graph, captured.root
+    for node in graph.find_nodes(op="get_attr"):
+        if "exact" in node.meta:
+            node.meta["float64"] = partial(Constant, node.meta.pop("exact"))
     with torch.no_grad():
         normalise(graph, root)
         refuse_random(graph, root, model)

@@ -27,6 +27,7 @@ COMMON = (
     "reparam.inputs",
     "reparam.lazy",
     "reparam.quiet",
+    "reparam.widen",
     "reparam.__version__",
 )
 # The files that hold a value another room is handed.
@@ -42,6 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "inputs": (),
     "lazy": (),
     "quiet": (),
+    "widen": (),
     "algebra": (),
     "graph": ("reparam.algebra", CAPTURED, *PASS_VALUES),
     "passes": ("reparam.algebra", "reparam.graph", CAPTURED),

@@ -49,7 +49,7 @@ class Captured:
     Each graph node carries in `meta`: `module_path` (qualified name of the module whose call it belongs to), `source`
     (`file.py:line` of the user's code, or None), and, where its value is a tensor, `tensor` (a `TensorInfo`). Where the
     value shares storage with inputs of the node, `aliases` names those inputs, and `same_view_as` those that are the
-    very same view.
+    very same view. Where it is a tensor of literals that the forward made, `exact` is that in float64.
 
     Attributes:
         root: the private copy that the graph's targets refer to, in eval mode; it shares the parameters of the

@@ -16,6 +16,7 @@ import re
 import traceback
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from reparam.capture.agreement import answers_alike, answers_otherwise_again, gr
 from reparam.capture.captured import Captured, Leaves
 from reparam.capture.copying import copied
 from reparam.capture.exported import export
+from reparam.capture.literals import note_exact
 from reparam.capture.proxies import UnfitError
 from reparam.capture.state import Memory
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
@@ -120,6 +122,7 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
         if not graph_answers_as(model, inputs, traced.root, traced.graph):
             raise CaptureError(f"{type(model).__name__} cannot be traced: its graph answers the example otherwise")
     _require_a_function(model, inputs, traced.graph)
+    note_exact(model, inputs, traced.root, traced.graph, traced.literals, partial(_graph_of, leaves=leaves))
     notes = (*_mode_notes(model), *_size_notes(traced), *_guards(traced.root, inputs), *about_state)
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
@@ -142,6 +145,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
         if drawn:
             raise UnfitModelError(f"{name} draws a random number ({drawn[0]}), which the graph would repeat")
         captured = _symbolic(program, inputs, leaves)
+        note_exact(model, inputs, captured.root, captured.graph, _strangers(captured, model), _graph_exported)
         if not graph_answers_as(model, inputs, captured.root, captured.graph):
             raise CaptureError(f"{name} cannot be exported: the program answers the example otherwise")
     except (InputError, UnfitModelError):
@@ -210,6 +214,7 @@ class _Traced:
         frozen: buffers that the graph writes to and whose values the trace depended on.
         written: addresses of the storages that the graph writes to.
         decided: lines where sizes of the example decided what was traced.
+        literals: attributes of the root: tensors that the forward made without the input.
     """
 
     root: nn.Module
@@ -218,6 +223,23 @@ class _Traced:
     frozen: tuple[str, ...]
     written: frozenset[int]
     decided: tuple[str, ...]
+    literals: tuple[str, ...]
+
+
+def _graph_of(model: nn.Module, inputs: Inputs, leaves: Leaves = Leaves()) -> tuple[nn.Module, fx.Graph]:
+    traced = _traced(model, inputs, leaves, compute=False)
+    return traced.root, traced.graph
+
+
+def _graph_exported(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, fx.Graph]:
+    return _graph_of(export(model, inputs.clone()), inputs)
+
+
+def _strangers(captured: Captured, model: nn.Module) -> list[str]:
+    """The attributes of a traced program that its model does not have by that name."""
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    read = {str(node.target) for node in captured.graph.find_nodes(op="get_attr")}
+    return sorted(name for name in read - own if "." not in name)
 
 
 def _require_a_function(model: nn.Module, inputs: Inputs, graph: fx.Graph) -> None:
@@ -322,7 +344,8 @@ def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> 
     vars(root).update(kept)
     decided = dict.fromkeys(str(node.args[2]) for node in graph.nodes if node.meta.get("decides") and node.args[2])
     frozen = [name for name in sorted(tracer.read) if tracer.is_written(name)]
-    return _Traced(root, graph, tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided))
+    about = (tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided))
+    return _Traced(root, graph, *about, tuple(sorted(constants)))
 
 
 def _capture_error(model: nn.Module, error: Exception) -> Exception:

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from reparam.chance import Generators
 from reparam.equivalence.outputs import Flat, flatten
@@ -21,8 +20,7 @@ from reparam.errors import InputError
 from reparam.inputs import Inputs
 from reparam.lazy import Guarded, Lazy, WrittenError, lean_copy, pairs_of_blocks, shared_storages
 from reparam.quiet import without_copying_warnings
-
-_NARROW = (torch.float16, torch.bfloat16, torch.float32)
+from reparam.widen import all_in
 
 
 def deployment_dtype(module: nn.Module, inputs: Inputs) -> torch.dtype:
@@ -140,7 +138,7 @@ def _run(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         generators = None if drawn is None else Generators()
-        with contextlib.nullcontext() if dtype is None else _all_in(dtype):
+        with contextlib.nullcontext() if dtype is None else all_in(dtype):
             result = flatten((inputs if dtype is None else inputs.to(dtype)).call(model))
         if drawn is not None and generators is not None:
             drawn += generators.moved()
@@ -234,33 +232,3 @@ def _device(model: Callable[..., Any]) -> torch.device | None:
     tensors: Iterator[torch.Tensor] = iter((*model.parameters(), *model.buffers()))
     first = next(tensors, None)
     return None if first is None else first.device
-
-
-@contextlib.contextmanager
-def _all_in(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, tensors made without a dtype are `dtype`, and casts to a narrower dtype are casts to this one."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with _Casts(dtype):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class _Casts(TorchFunctionMode):
-    """Turns `x.float()`, `x.to(torch.float16)`, `zeros(..., dtype=torch.float32)` into the same in one wide dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.methods = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.methods:
-            return args[0].to(self.dtype)
-        args = tuple(self._wide(value) for value in args)
-        return func(*args, **{key: self._wide(value) for key, value in (kwargs or {}).items()})
-
-    def _wide(self, value: Any) -> Any:
-        return self.dtype if isinstance(value, torch.dtype) and value in _NARROW else value

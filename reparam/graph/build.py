@@ -57,7 +57,11 @@ def float64_twin(module: fx.GraphModule) -> fx.GraphModule:
             set_module(twin, str(node.target), layer.module)
         elif isinstance(layer, (Layer, Constant)):
             path, _, name = str(node.target).rpartition(".")
-            twin.get_submodule(path).register_buffer(name, getattr(layer, name))
+            value = layer.value if isinstance(layer, Constant) else getattr(layer, name)
+            owner = twin.get_submodule(path)
+            if name not in owner._buffers and hasattr(owner, name):
+                delattr(owner, name)  # a plain attribute
+            owner.register_buffer(name, value)
     return twin
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from reparam.graph.emit import Constant
 from reparam.graph.nodes import attribute, info, module_of, pinned
 from reparam.graph.normal import mutated
 
@@ -107,7 +108,8 @@ def _is_pure(module: nn.Module | None) -> bool:
 def _unrounded(node: fx.Node, value: Any) -> Any:
     """The constant as it was before a pass rounded it to the model's dtype."""
     make = node.meta.get("float64")
-    return value if make is None else getattr(make(), str(node.target).rpartition(".")[2], value)
+    held = None if make is None else make()
+    return held.value if isinstance(held, Constant) else getattr(held, str(node.target).rpartition(".")[2], value)
 
 
 def _precision_of(root: nn.Module) -> float:
