@@ -1,4 +1,4 @@
-"""Functions in which a tensor may stand for a number crash torch on a proxy; wherever they are kept, none reaches it."""
+"""Functions in which a tensor may stand for a number crash torch on a proxy; wherever they are kept, none gets one."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from reparam import fuse
 from reparam.errors import ExportError
@@ -435,3 +436,28 @@ def test_sizes_whose_expressions_explode_are_given_up(tmp_path: Path, monkeypatc
     file = export_onnx(net, torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
     axes = next(iter(file.dynamic_axes.values()))
     assert list(axes) == [0]
+
+
+class _Attention(nn.Module):
+    def __init__(self, mask: torch.Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, x * 0.5, x + 1, attn_mask=self.mask)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (2, 3, 5, 4), (2, 3, 2, 5, 4), (2, 3, 1, 2, 5, 4)])
+@pytest.mark.parametrize("masked", ["no", "by two axes", "by all axes"])
+def test_attention_on_any_number_of_axes(shape: tuple[int, ...], masked: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        "no": None,
+        "by two axes": torch.randn(5, 5, generator=generator),
+        "by all axes": torch.randn(1, *shape[1:-1], 5, generator=generator),
+    }
+    model, x = _Attention(masks[masked]).eval(), torch.randn(*shape, generator=generator)
+    file = export_onnx(model, x, tmp_path / "attention.onnx", dynamic_size=False)
+    assert file.checked
+    other = torch.randn(shape[0] + 1, *shape[1:], generator=generator)
+    torch.testing.assert_close(OnnxSession(file.path)(other), model(other), rtol=1e-4, atol=1e-5)
