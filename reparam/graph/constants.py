@@ -65,7 +65,7 @@ class Constants:
             return pinned(node) is None
         if node.op in ("placeholder", "output") or pinned(node) or mutated(node, self._root) is not None:
             return False
-        if node.op == "call_module" and not (self._layers and _is_pure(module_of(node, self._root))):
+        if node.op == "call_module" and not (self._layers and computes_the_same(module_of(node, self._root))):
             return False
         if not node.all_input_nodes or any(other not in self._constant for other in node.all_input_nodes):
             return False
@@ -96,8 +96,8 @@ class Constants:
         return pytree.tree_map_only(torch.Tensor, _doubled, value)
 
 
-def _is_pure(module: nn.Module | None) -> bool:
-    """Whether it is a layer of torch that computes the same in every call."""
+def computes_the_same(module: nn.Module | None) -> bool:
+    """Whether a module is a layer of torch that computes the same in every call."""
     if module is None or not type(module).__module__.startswith("torch.nn.modules."):
         return False
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:

@@ -79,6 +79,37 @@ def pinned(node: fx.Node) -> str | None:
     return reason if isinstance(reason, str) else None
 
 
+def escapes(node: fx.Node) -> bool:
+    """Whether the model returns the node's tensor, or a view of it."""
+    pending, seen = [node], {node}
+    while pending:
+        one = pending.pop()
+        for user in one.users:
+            if user.op == "output":
+                return True
+            if user not in seen and (info(user) is None or one in user.meta.get("aliases", ())):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def free_name(root: nn.Module, node: fx.Node) -> str:
+    """A qualified name that nothing in the model has."""
+    stem = f"{place(node).module}_moved"
+    index = 0
+    while _has(root, name := f"{stem}{index or ''}"):
+        index += 1
+    return name
+
+
+def _has(root: object, name: str) -> bool:
+    for part in name.split("."):
+        if not hasattr(root, part):
+            return False
+        root = getattr(root, part)
+    return True
+
+
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Puts a module at a qualified name, making plain parents where there are none."""
     *parents, name = path.split(".")

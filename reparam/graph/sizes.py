@@ -284,13 +284,19 @@ def _fits(dims: Dims, shape: tuple[int, ...]) -> bool:
 
 def _example(size: Size) -> int | None:
     values = []
-    for node, axis in size.atoms:
-        tensor = info(node)
-        value = node.meta.get("number") if axis < 0 else tensor.shape[axis] if tensor is not None else None
+    for atom in size.atoms:
+        value = example_size(atom)
         if value is None:
             return None
         values.append(value)
     return size.number * prod(values)
+
+
+def example_size(atom: Atom) -> int | None:
+    """What an atom is for the example, if that is known."""
+    node, axis = atom
+    tensor = info(node)
+    return node.meta.get("number") if axis < 0 else tensor.shape[axis] if tensor is not None else None
 
 
 def _sorted(atoms: Iterable[Atom]) -> tuple[Atom, ...]:

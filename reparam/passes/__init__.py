@@ -9,12 +9,16 @@ from torch import fx, nn
 
 from reparam.passes.base import Choice, Refusal, Rewrite
 from reparam.passes.bias_maps import BiasMaps
+from reparam.passes.cleanup import Cleanup
 from reparam.passes.collapse import Collapse
 from reparam.passes.constant_folding import ConstantFolding
 from reparam.passes.cost import CostModel
 from reparam.passes.inference_form import InferenceForm
 from reparam.passes.join import Join
+from reparam.passes.norm_weights import NormWeights
+from reparam.passes.repeats import Repeats
 from reparam.passes.rounds import Rounds
+from reparam.passes.scores import Scores
 
 
 class Pass(Protocol):
@@ -35,9 +39,18 @@ def pipeline(
     """
     return (
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
+        Cleanup(),  # so does an operation that returns what it reads
+        Repeats(affine=False),  # two tensors that are one: their readers are neighbours then
+        NormWeights(cost=cost),  # to be merged by the collapse, like any scale and shift
         # moves, then the collapse, which merges what they brought together; again if that allows more moves
-        Rounds(collapse=Collapse(cost=cost, explain=explain), maps=BiasMaps(cost=cost) if fixed_sizes else None),
+        Rounds(
+            collapse=Collapse(cost=cost, explain=explain),
+            scores=Scores(cost=cost),
+            maps=BiasMaps(cost=cost) if fixed_sizes else None,
+        ),
         Join(cost=cost),  # by now a layer and its BatchNorm, or a sum of branches, are one
+        Cleanup(),  # what the collapse left of scales that are 1 and of reshapes whose sizes it found
+        Repeats(),  # a layer called twice: by now it is known that each call has stayed what it was
         ConstantFolding(),  # last: what feeds a merged weight has been merged in float64
     )
 

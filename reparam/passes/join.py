@@ -65,7 +65,7 @@ class Join:
         if not candidates:
             return [], []
         lifted = LiftedGraph(graph, root, self.table, Constants(graph, root))
-        shared = _shared_weights(graph, root)
+        shared = shared_weights(graph, root)
         rewrites: list[Rewrite] = []
         refusals: list[Refusal] = []
         for group in _groups(candidates, lifted):
@@ -231,7 +231,7 @@ def _branch(node: fx.Node, lifted: LiftedGraph) -> Branch | None:
     return Branch(node, source, map_, found.axis, read, result)
 
 
-def _shared_weights(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
+def shared_weights(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
     """The nodes that read a parameter which another node reads too."""
     read: dict[fx.Node, list[int]] = {}
     for node in graph.nodes:

@@ -28,7 +28,7 @@ from reparam.capture.captured import TensorInfo
 from reparam.graph.commuting import Commuting
 from reparam.graph.emit import Layer, insert_layer, layer_for
 from reparam.graph.lift import LiftTable
-from reparam.graph.nodes import described, info, kind, place
+from reparam.graph.nodes import described, free_name, info, kind, place
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
@@ -321,26 +321,9 @@ def _inserted(
 ) -> fx.Node:
     """A scale or shift of `source`, in front of a node; it stands for the run."""
     with graph.inserting_before(before):
-        made = insert_layer(graph, root, source, layer, _free_name(root, run.result))
+        made = insert_layer(graph, root, source, layer, free_name(root, run.result))
     if made is not source:
         made.meta["tensor"] = tensor
         made.meta["module_path"] = run.result.meta.get("module_path", run.result.name)
         made.meta["source"] = run.result.meta.get("source")
     return made
-
-
-def _free_name(root: nn.Module, node: fx.Node) -> str:
-    """A qualified name that nothing in the model has."""
-    stem = f"{place(node).module}_moved"
-    index = 0
-    while _has(root, name := f"{stem}{index or ''}"):
-        index += 1
-    return name
-
-
-def _has(root: object, name: str) -> bool:
-    for part in name.split("."):
-        if not hasattr(root, part):
-            return False
-        root = getattr(root, part)
-    return True

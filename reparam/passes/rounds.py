@@ -14,6 +14,7 @@ from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.bias_maps import BiasMaps
 from reparam.passes.collapse import Collapse
 from reparam.passes.moves import Moves
+from reparam.passes.scores import Scores
 
 _MOST_ROUNDS = 4
 
@@ -26,6 +27,7 @@ class Rounds:
 
     moves: Moves = field(default_factory=Moves)
     collapse: Collapse = field(default_factory=Collapse)
+    scores: Scores = field(default_factory=Scores)
     maps: BiasMaps | None = None
     name = "moves and collapse"
 
@@ -36,6 +38,8 @@ class Rounds:
             made, kept = self.collapse.run(graph, root)
             rewrites += made
             again, _ = self.moves.run(graph, root)
+            if not again:
+                again, _ = self.scores.run(graph, root)
             if not again and self.maps is not None:
                 again, _ = self.maps.run(graph, root)
             rewrites += again

@@ -20,9 +20,10 @@ from reparam.graph.commuting import COMMUTING, Commuting
 from reparam.graph.constants import Constants
 from reparam.graph.emit import layer_for, unwritable
 from reparam.graph.formulas import layers
-from reparam.graph.lift import CallTable, Lifted, LiftTable
+from reparam.graph.lift import CallTable, Found, Lifted, LiftTable
 from reparam.graph.lifted import LiftedGraph
 from reparam.graph.nodes import info
+from reparam.graph.sizes import Sizes
 
 _LAYERS = (layers.conv, layers.conv_transpose, layers.linear)
 
@@ -86,10 +87,19 @@ class Surroundings:
         self._lifted = LiftedGraph(self._graph, self._root, self._table, self._constants)
         self._singles.clear()
 
+    @property
+    def sizes(self) -> Sizes:
+        """What is known of the sizes of the graph's tensors."""
+        return self._lifted.sizes
+
     def lifted(self, node: fx.Node) -> Lifted | None:
         """The node as affine maps, or None if it is not affine."""
         found = self._lifted.lift(node)
         return found if isinstance(found, Lifted) and not found.via else None
+
+    def look_up(self, table: CallTable[Found], node: fx.Node) -> Found | Inexact | None:
+        """What another table says of a node."""
+        return table.lift(node, self._root, self._constants, self._lifted.sizes)
 
     def commuting(self, node: fx.Node) -> Commuting | None:
         """What the node commutes with, or None if it is no such operation."""
