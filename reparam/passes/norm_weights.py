@@ -2,14 +2,14 @@
 
     A(g * n(x) + b) = (A g)(n(x)) + A(b)      n: the norm without weights
 
-Preconditions: the weights vary along the channels that the layers read (one normalised axis, the last one; for GroupNorm
-and InstanceNorm axis 1); every reader is a layer that absorbs scale and shift whole, without padding that the shift would
-have to cross; the layer's weights are merged, so the norm itself stays, and stays one operation.
+Preconditions: the weights vary along the channels that the layers read (one normalised axis, the last one; for
+GroupNorm and InstanceNorm axis 1); every reader is a layer that absorbs scale and shift whole, without padding that the
+shift would have to cross; the layer's weights are merged, so the norm itself stays, and stays one operation.
 
 So it saves numbers and no time: a norm with weights is launched once and reads and writes the same tensor. Under
 `objective="latency"` and `"macs"` it is a tie, and a tie goes to the form nearer to the original; under
-`objective="parameters"` it pays. A norm that is written as arithmetic has its scale as an operation of its own, which the
-collapse merges whatever the objective.
+`objective="parameters"` it pays. A norm that is written as arithmetic has its scale as an operation of its own, which
+the collapse merges whatever the objective.
 """
 
 from __future__ import annotations
