@@ -65,7 +65,18 @@ def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece
         after = OperationCounts(**count_operations(graph, root))
         restore_in_place(graph, root)
         module = built(root, graph, model)
+        _lay_out_as(module, model)
     return Piece(module, captured, tuple(rewrites), tuple(refusals), before, after)
+
+
+def _lay_out_as(module: nn.Module, model: nn.Module) -> None:
+    """Merged kernels in the memory layout of the model's: a conv that gets another one converts it in every call."""
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        kernels = [p for p in model.parameters() if p.dim() == rank and not p.is_contiguous()]
+        if kernels and all(kernel.is_contiguous(memory_format=layout) for kernel in kernels):
+            for parameter in module.parameters():
+                if parameter.dim() == rank:
+                    parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def under(path: str, changes: Sequence[Change]) -> tuple[Change, ...]:
