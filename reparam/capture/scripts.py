@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,19 @@ _PROBE = "import sys, warnings; warnings.simplefilter('ignore'); import torch; t
 
 def _require_survivors(path: Path) -> None:
     """Loads the archive in a process of its own: torch's reader ends the process for some damaged ones."""
+    facts = path.stat()
+    if not _survives(path, facts.st_mtime_ns, facts.st_size, facts.st_ino):
+        raise InputError(f"{path} is a damaged TorchScript archive (torch crashes on it); copy or download it again")
+
+
+@lru_cache(maxsize=64)
+def _survives(path: Path, *_facts: int) -> bool:
+    """Whether torch does not crash on the file; the facts are those that another file would not share."""
     try:
         ended = subprocess.run([sys.executable, "-c", _PROBE, str(path)], capture_output=True, timeout=600, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return
-    if ended.returncode < 0:
-        raise InputError(f"{path} is a damaged TorchScript archive (torch crashes on it); copy or download it again")
+        return True
+    return ended.returncode >= 0
 
 
 def _text(reader: Any, name: str, path: Path) -> str:
