@@ -22,7 +22,7 @@ def require_value(actual: Any, expected: Any, name: str) -> None:
         raise OtherInputError(f"this model was captured for {name}={expected!r} and cannot run with {name}={given}")
 
 
-def require_length(actual: Any, expected: int, where: str | None = None) -> None:
+def require_length(actual: Any, expected: int, where: str | None = None, what: str = "sizes") -> None:
     """Stands in a captured graph where the elements of an argument or of a tensor were taken one by one.
 
     Raises:
@@ -35,29 +35,30 @@ def require_length(actual: Any, expected: int, where: str | None = None) -> None
         )
 
 
-def require_decision(actual: Any, expected: bool, where: str | None) -> None:
-    """Stands in a captured graph where a condition on sizes decided what the model does.
+def require_decision(actual: Any, expected: bool, where: str | None, what: str = "sizes") -> None:
+    """Stands in a captured graph where a condition on sizes (or dtypes: `what`) decided what the model does.
 
     Raises:
         OtherInputError: on this input it decides otherwise.
     """
     if bool(actual) != expected:
         raise OtherInputError(
-            f"this model was captured for sizes or dtypes that make a condition {expected}{_at(where)}, and those of "
+            f"this model was captured for {what} that make a condition {expected}{_at(where)}, and those of "
             "this input do not; capture it with such an example"
         )
 
 
-def require_number(actual: Any, expected: float, where: str | None) -> None:
-    """Stands in a captured graph where Python used a number that depends on sizes: in `range`, `int` or an index.
+def require_number(actual: Any, expected: Any, where: str | None, what: str = "sizes") -> None:
+    """Stands in a captured graph where Python used what depends on sizes (or dtypes: `what`): in `range` or a dict.
 
     Raises:
         OtherInputError: on this input it is another number.
     """
     if actual != expected:
+        made = f"a number {expected}" if isinstance(expected, (int, float)) else str(expected)
         raise OtherInputError(
-            f"this model was captured for sizes that make a number {expected}{_at(where)}, and those of this input "
-            f"make it {actual}; capture it with an example of that size"
+            f"this model was captured for {what} that make {made}{_at(where)}, and those of this input make {actual}; "
+            "capture it with such an example"
         )
 
 
@@ -81,6 +82,44 @@ def require_tensor(actual: Any, rank: int | None, name: str) -> None:
         raise OtherInputError(
             f"this model was captured for a tensor of {rank} dims as {name} and cannot take shape {list(actual.shape)}"
         )
+
+
+def require_fact(actual: torch.Tensor, fact: str, expected: Any, name: str, where: str | None) -> None:
+    """Stands in a graph captured by torch.export where the model asks what its tensors are.
+
+    Args:
+        actual: an argument.
+        fact: `dtype`, `layout`, or `device` (its type).
+        expected: that of the example.
+        name: what the argument is called.
+        where: the line that asks for it.
+
+    Raises:
+        OtherInputError: the argument has another one.
+    """
+    found = actual.device.type if fact == "device" else getattr(actual, fact)
+    if found != expected:
+        raise OtherInputError(
+            f"this model was captured for {name} with {fact} {expected}, which it asks for{_at(where)}, and cannot "
+            f"take {found}; capture it with such an example"
+        )
+
+
+def require_member(actual: Any, key: int | str, name: str) -> None:
+    """Stands in a captured graph where the model reads an element of an argument that is a container.
+
+    The original may have another way for a container without it, which no graph holds.
+
+    Raises:
+        OtherInputError: there is no such element.
+    """
+    try:
+        actual[key]
+    except (KeyError, IndexError):
+        raise OtherInputError(
+            f"this model was captured for {name} with {name}[{key!r}], which is missing; "
+            "capture it with such an example"
+        ) from None
 
 
 def require_rank(actual: torch.Tensor, expected: int) -> None:
@@ -119,8 +158,8 @@ def require_keys(actual: Mapping[Any, Any], expected: tuple[Any, ...]) -> None:
 
 
 CHECKS = (
-    *(require_decision, require_keys, require_length, require_number, require_rank, require_sizes),
-    *(require_tensor, require_value),
+    *(require_decision, require_fact, require_keys, require_length, require_member, require_number, require_rank),
+    *(require_sizes, require_tensor, require_value),
 )
 """All functions of this module that stand in graphs; none has a result."""
 

@@ -90,7 +90,7 @@ def _captured_on(name: str, family: str, device: str) -> Row:
         found = capture(model, example)
     except Exception as error:
         return Row(name, family, device=device, error=first_line(error))
-    decided = next((note for note in found.notes if "sizes of the example" in note), "")
+    decided = next((note for note in found.notes if " of the example decided" in note), "")
     lines = re.findall(r"\(([^)]*)\)", decided)
     seconds = round(time.perf_counter() - start, 2)
     return Row(name, family, found.how, device, len(found.graph.nodes), seconds, lines[0] if lines else "")

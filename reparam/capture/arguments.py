@@ -7,10 +7,11 @@ a constant broadcasts. Only where all that can be reached from an argument count
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx, nn
 
-from reparam.checks import CHECKS, require_tensor
+from reparam.checks import CHECKS, require_member, require_tensor
 
 # They treat the last axis, or every element by itself.
 _ANY_RANK_MODULES = (
@@ -31,16 +32,27 @@ _ARITHMETIC = set("add sub mul truediv div pow iadd isub imul itruediv ipow".spl
 def check_arguments(graph: fx.Graph, root: nn.Module) -> None:
     """Adds the checks, each behind the node that reads the argument."""
     for node in list(graph.nodes):
+        if node.target is operator.getitem and _is_container(node.args[0]) and isinstance(node.args[1], (int, str)):
+            with graph.inserting_before(node):
+                _locate(graph.call_function(require_member, (node.args[0], node.args[1], name_of(node.args[0]))), node)
         tensor = node.meta.get("tensor")
-        if tensor is None or not node.users or not _is_given(node):
+        if tensor is None or not node.users or not is_given(node):
             continue
         rank = None if _takes_any_rank(node, root) else len(tensor.shape)
         with graph.inserting_after(node):
-            check = graph.call_function(require_tensor, (node, rank, _name(node)))
-        check.meta.update({key: node.meta[key] for key in ("module_path", "source") if key in node.meta})
+            check = graph.call_function(require_tensor, (node, rank, name_of(node)))
+        _locate(check, node)
 
 
-def _is_given(node: fx.Node) -> bool:
+def _locate(check: fx.Node, node: fx.Node) -> None:
+    check.meta.update({key: node.meta[key] for key in ("module_path", "source") if key in node.meta})
+
+
+def _is_container(node: Any) -> bool:
+    return isinstance(node, fx.Node) and "tensor" not in node.meta and is_given(node)
+
+
+def is_given(node: fx.Node) -> bool:
     """Whether it is an argument, or read out of one that is a container."""
     while node.target in (operator.getitem, getattr) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -49,11 +61,12 @@ def _is_given(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """What the caller calls an argument, or a part of one: `x`, `batch['mask']`."""
     if node.op == "placeholder":
         return str(node.target).lstrip("*")
     owner, key = node.args[:2]
-    name = _name(owner) if isinstance(owner, fx.Node) else ""
+    name = name_of(owner) if isinstance(owner, fx.Node) else ""
     return f"{name}.{key}" if node.target is getattr else f"{name}[{key!r}]"
 
 

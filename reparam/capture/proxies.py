@@ -271,6 +271,8 @@ def _attribute_of(proxy: Any, name: str) -> Any:
     if found is None:
         return None
     attribute = ValueAttribute(proxy, name)
+    if name in ("dtype", "layout") and isinstance(value, torch.Tensor):
+        proxy.tracer.note_fact(attribute)
     if name in _FACTS and isinstance(value, torch.Tensor):
         if proxy.reparam_constant:
             return found

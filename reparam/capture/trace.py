@@ -29,6 +29,7 @@ from reparam.capture.agreement import answers_alike, answers_otherwise_again, gr
 from reparam.capture.captured import Captured, Leaves
 from reparam.capture.copying import copied
 from reparam.capture.exported import export
+from reparam.capture.facts import check_facts, facts_asked
 from reparam.capture.literals import note_exact
 from reparam.capture.proxies import UnfitError
 from reparam.capture.state import Memory
@@ -154,6 +155,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
         if before is not None:
             raise before from error
         raise CaptureError(f"{name} cannot be exported: {_first_line(error)}{_at(error)}") from error
+    check_facts(captured.graph, facts_asked(model, inputs))
     if not answers_alike(model, inputs):
         raise UnfitModelError(f"{name} answers the same input otherwise when called again, which a graph cannot hold")
     notes = (
@@ -213,7 +215,8 @@ class _Traced:
         changed: what the forward changed on the model in Python.
         frozen: buffers that the graph writes to and whose values the trace depended on.
         written: addresses of the storages that the graph writes to.
-        decided: lines where sizes of the example decided what was traced.
+        decided: lines where sizes of the example, or what else its tensors are, decided what was traced.
+        decided_by: which of these: "sizes", "dtypes and devices".
         literals: attributes of the root: tensors that the forward made without the input.
     """
 
@@ -223,6 +226,7 @@ class _Traced:
     frozen: tuple[str, ...]
     written: frozenset[int]
     decided: tuple[str, ...]
+    decided_by: str
     literals: tuple[str, ...]
 
 
@@ -285,7 +289,8 @@ def _size_notes(traced: _Traced) -> tuple[str, ...]:
     if not traced.decided:
         return ()
     lines = ", ".join(traced.decided[:4]) + (", ..." if len(traced.decided) > 4 else "")
-    return (f"sizes of the example decided what was captured ({lines}); where others decide otherwise, it stops",)
+    what = traced.decided_by
+    return (f"{what} of the example decided what was captured ({lines}); where others decide otherwise, it stops",)
 
 
 def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str, ...]:
@@ -309,6 +314,12 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
             "written to in place"
         )
     return (f"the forward changes {names} on the model; the fused model leaves it as it was",)
+
+
+def _joined(kinds: set[str]) -> str:
+    """ "sizes, dtypes and devices"."""
+    *first, last = sorted(kinds, reverse=True) or ["sizes"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _traced_or_explained(model: nn.Module, inputs: Inputs, leaves: Leaves) -> _Traced:
@@ -342,9 +353,11 @@ def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> 
     changed = memory.changed(tracer.written)
     memory.restore()
     vars(root).update(kept)
-    decided = dict.fromkeys(str(node.args[2]) for node in graph.nodes if node.meta.get("decides") and node.args[2])
+    checks = [node for node in graph.nodes if node.meta.get("decides") and node.args[2]]
+    decided = dict.fromkeys(str(node.args[2]) for node in checks)
+    kinds = {kind for node in checks for kind in str(node.meta["decides"]).split(" and ")}
     frozen = [name for name in sorted(tracer.read) if tracer.is_written(name)]
-    about = (tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided))
+    about = (tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided), _joined(kinds))
     return _Traced(root, graph, *about, tuple(sorted(constants)))
 
 

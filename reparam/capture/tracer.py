@@ -48,6 +48,13 @@ from reparam.checks import (
 
 View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"
 
+_KINDS_OF_FACTS = {
+    **dict.fromkeys(("dtype", "is_floating_point", "is_complex", "itemsize", "element_size"), "dtypes"),
+    **dict.fromkeys(("device", "is_cuda", "is_cpu", "is_meta"), "devices"),
+    **dict.fromkeys(("layout", "is_sparse", "is_quantized"), "layouts"),
+    "requires_grad": "gradients",
+    **dict.fromkeys(("shape", "size", "numel", "nelement"), "sizes"),
+}
 _SIZE_READS = ("size", "numel", "nelement", "dim", "ndimension", "is_floating_point", "is_complex")
 # The same view as what they are given, whatever its size, strides or dtype.
 _SAME_VIEW = (
@@ -129,6 +136,7 @@ class ValueTracer(fx.Tracer):
         self._origins = Origins(root)
         self._parameters = {storage_of(parameter): name for name, parameter in root.named_parameters()}
         self._drew = False
+        self._facts: list[tuple[Any, str | None]] = []
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Traces, leaving the global random state as it was.
@@ -145,6 +153,7 @@ class ValueTracer(fx.Tracer):
             generators.restore()
         if drawn:
             raise UnfitError(f"the forward draws a random number ({drawn[0]}), which the graph would repeat")
+        self._check_facts()
         check_arguments(graph, root)
         graph._tracer_cls = ReadingTracer  # for whoever unpickles a module with this graph
         for node in graph.nodes:
@@ -283,7 +292,7 @@ class ValueTracer(fx.Tracer):
         if not obj.reparam_of_sizes:
             return super().to_bool(obj)
         decision = bool(self.value_read(obj))
-        self._check(require_decision, obj, decision)
+        self._check(require_decision, obj, decision, user_line())
         return decision
 
     def number(self, obj: Any) -> Any:
@@ -297,7 +306,7 @@ class ValueTracer(fx.Tracer):
             raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
         value = self.value_read(obj)
         if not obj.reparam_constant:
-            self._check(require_number, obj, value)
+            self._check(require_number, obj, value, user_line())
         return value
 
     def index(self, obj: Any, caller: FrameType) -> int:
@@ -324,16 +333,33 @@ class ValueTracer(fx.Tracer):
                 self.graph.erase_node(check)
                 self._checked.discard(asked)
 
+    def note_fact(self, attribute: Any) -> None:
+        """The forward reads a dtype or layout, with which it may do what no proxy sees: `kind is torch.half`."""
+        self._facts.append((attribute, user_line()))
+
+    def _check_facts(self) -> None:
+        """Adds a check of each fact that was read and went into no node: Python alone can have used it."""
+        for attribute, line in self._facts:
+            if attribute._node is None and not attribute.reparam_constant:
+                with self.graph.inserting_after(attribute.root.node):
+                    fact = attribute.node
+                with self.graph.inserting_after(fact):
+                    self._check(require_number, attribute, attribute.reparam_value, line)
+
     def check_length(self, obj: Any) -> None:
         """Adds a check that a list or tensor has as many elements as in the example."""
         container = is_argument(obj) and not isinstance(obj.reparam_value, torch.Tensor)
-        self._check(require_length, obj, len(obj.reparam_value), decides=not container)
+        self._check(require_length, obj, len(obj.reparam_value), user_line(), decides=not container)
 
-    def _check(self, require: Callable[..., None], obj: Any, expected: Any, decides: bool = True) -> None:
+    def _check(
+        self, require: Callable[..., None], obj: Any, expected: Any, line: str | None, decides: bool = True
+    ) -> None:
         if obj.node in self._checked:
             return
         self._checked.add(obj.node)
-        self.create_proxy("call_function", require, (obj, expected, user_line()), {}).node.meta["decides"] = decides
+        what = _asked_of(obj.node)
+        check = self.create_proxy("call_function", require, (obj, expected, line, what), {})
+        check.node.meta["decides"] = what if decides else None
 
     def value_read(self, obj: Any) -> Any:
         """The value of a proxy that depends on no activation; the trace depends on the constants in it."""
@@ -418,6 +444,7 @@ class ValueTracer(fx.Tracer):
             return False
         last = next(reversed(self.graph.nodes))
         kept = (self._tentative.copy(), self._checked.copy(), self._rank_checked.copy(), self.read.copy())
+        facts = self._facts.copy()
         try:
             result: Any = function(*args, **kwargs)
             if issubclass(type(result), fx.Proxy) and result.node is given:
@@ -427,6 +454,7 @@ class ValueTracer(fx.Tracer):
         while next(reversed(self.graph.nodes)) is not last:
             self.graph.erase_node(next(reversed(self.graph.nodes)))
         self._tentative, self._checked, self._rank_checked, self.read = kept
+        self._facts = facts
         return False
 
     def _check_module(self, target: str, args: tuple[Any, ...]) -> None:
@@ -545,6 +573,21 @@ def _require_not_drawn(proxy: Any) -> None:
         if node.meta.get("draws"):
             raise UnfitError("the forward decides by a random number")
         pending += node.all_input_nodes
+
+
+def _asked_of(node: fx.Node) -> str:
+    """Which facts of tensors a number is made of: "sizes", "dtypes", or both and more."""
+    pending, seen, kinds = [node], set(), set()
+    while pending:
+        node = pending.pop()
+        seen.add(node)
+        read = node.args[1] if node.target is getattr else node.target
+        name = read if isinstance(read, str) else getattr(read, "__name__", "")
+        if node.op in ("call_function", "call_method") and name in _KINDS_OF_FACTS:
+            kinds.add(_KINDS_OF_FACTS[name])
+        elif "tensor" not in node.meta:
+            pending += [other for other in node.all_input_nodes if other not in seen]
+    return " and ".join(sorted(kinds, reverse=True)) or "sizes"
 
 
 def _squeezes(node: fx.Node) -> bool:
