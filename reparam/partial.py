@@ -27,6 +27,8 @@ class NothingCapturedError(Exception):
     """No part of the model can be captured."""
 
 
+Call = tuple[Inputs, Any, Inputs]
+"""Arguments, result, and the arguments after the call."""
 FuseOne = Callable[[nn.Module, Inputs], Piece]
 _PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, torch.device)
 _MOST_CALLS = 16
@@ -194,13 +196,13 @@ class _Assembler:
         """Whether there is nothing in it that could be fused: a layer of torch by itself."""
         return not any(True for _ in child.children()) and type(child).__module__.startswith("torch.nn.")
 
-    def _fused(self, path: str, child: nn.Module, calls: list[tuple[Inputs, Any]]) -> nn.Module | None:
+    def _fused(self, path: str, child: nn.Module, calls: list[Call]) -> nn.Module | None:
         if not calls:
             return None
         try:
             piece = self.fuse_one(child, calls[0][0])
-            for inputs, expected in calls:
-                _check(piece.module, inputs, expected)
+            for inputs, expected, left in calls:
+                _check(piece.module, inputs, expected, left)
         except ReparamError as error:
             why = str(error).partition("; rewrite that line")[0]
             self.found.outside.append(Outside(path, type(child).__name__, why))
@@ -208,9 +210,9 @@ class _Assembler:
         self.found.parts[path] = piece
         return FusedPart(piece.module, child)
 
-    def _calls(self, modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[Inputs, Any]]]:
-        """The arguments and results of the modules' calls while the model runs, one call of each kind."""
-        found: dict[str, list[tuple[Inputs, Any]]] = {path: [] for path in modules}
+    def _calls(self, modules: Mapping[str, nn.Module]) -> dict[str, list[Call]]:
+        """The modules' calls while the model runs, one of each kind."""
+        found: dict[str, list[Call]] = {path: [] for path in modules}
         seen: dict[str, set[str]] = {path: set() for path in modules}
         given: dict[str, list[Inputs]] = {path: [] for path in modules}
         handles = []
@@ -228,7 +230,7 @@ class _Assembler:
                 if signature not in seen[path] and len(found[path]) < _MOST_CALLS:
                     seen[path].add(signature)
                     clones = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), result)
-                    found[path].append((inputs, clones))
+                    found[path].append((inputs, clones, Inputs(args, kwargs).clone()))
 
             return hook
 
@@ -280,10 +282,15 @@ def _signature(inputs: Inputs) -> str:
     return f"{spec} {words}"
 
 
-def _check(module: nn.Module, inputs: Inputs, expected: Any) -> None:
-    """Raises `CaptureError` if a fused part answers a recorded call otherwise than the original did."""
+def _check(module: nn.Module, inputs: Inputs, expected: Any, left: Inputs) -> None:
+    """Raises `CaptureError` if a fused part answers a recorded call otherwise than the original did.
+
+    What the original wrote into its arguments (`left` is how it left them), the model may read afterwards.
+    """
+    fresh = inputs.clone()
     try:
-        actual = inputs.call(module)
+        with torch.no_grad():
+            actual = module(*fresh.args, **fresh.kwargs)
     except OtherInputError as error:
         raise CaptureError(f"the model calls it in several ways ({error})") from error
     leaves, spec = pytree.tree_flatten(expected)
@@ -296,6 +303,8 @@ def _check(module: nn.Module, inputs: Inputs, expected: Any) -> None:
                 raise CaptureError("it answers otherwise once it is captured")
         elif a != b:
             raise CaptureError("it answers otherwise once it is captured")
+    if not all(_close(a, b) for a, b in zip(left.tensors(), fresh.tensors(), strict=True)):
+        raise CaptureError("it writes to its arguments, which its fused form does not")
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

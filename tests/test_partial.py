@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,45 @@ def test_modules_keeps_class_methods_and_attributes_on_purpose() -> None:
     assert isinstance(twin.stem, Block)
     assert twin.blocks[1].channels == 4
     assert torch.equal(twin(X), fused(X))
+
+
+def test_what_is_left_of_a_fused_part_can_be_asked_for_and_nothing_else() -> None:
+    fused: Any = reparam.fuse(build(data_dependent), X).module
+    part = fused.stem
+    assert isinstance(part, Block)
+    assert part.channels == 4
+    assert not part.training
+    assert hasattr(part, "forward")
+    for gone in ("dense", "point", "skip", "describe"):
+        with pytest.raises(reparam.OtherInputError, match=f"Block.{gone} is asked for and not there"):
+            getattr(part, gone)
+        with pytest.raises(reparam.OtherInputError):
+            hasattr(part, gone)
+    with pytest.raises(AttributeError):
+        part.never_was_there  # noqa: B018
+    assert not hasattr(part, "never_was_there")
+    assert {name for name, _ in part.named_parameters()}
+    twin = pickle.loads(pickle.dumps(part))
+    assert isinstance(twin, Block)
+    assert twin.channels == 4
+    assert torch.equal(twin(X), part(X))
+    with pytest.raises(reparam.OtherInputError):
+        twin.dense  # noqa: B018
+
+
+def asks_later(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.stem(x)
+    if x.mean() > 1:  # not in the example
+        y = y * m.stem.dense[0].weight.mean()
+    return m.head(y)
+
+
+def test_a_part_that_is_looked_into_on_another_input_stops() -> None:
+    model = build(asks_later)
+    fused = reparam.fuse(model, X, verify=False).module
+    assert relative_error(model(X * 0.5), fused(X * 0.5)) < 1e-12
+    with pytest.raises(reparam.OtherInputError, match="this part of the model was fused"):
+        fused(X + 5)
 
 
 def test_in_float32_the_algebra_is_checked_with_unrounded_weights() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from reparam.capture.copying import copied
+from reparam.capture.copying import copied, parameters_kept, twin_of
+from reparam.errors import UnfitModelError
 from reparam.inputs import Inputs
 
 CALLS = 3
@@ -19,7 +20,7 @@ _PLAIN = (bool, int, float, str, bytes)
 
 def answers_alike(model: nn.Module, inputs: Inputs) -> bool:
     """Whether a copy of `model`, called again on the same input, returns what it returned before."""
-    twin = copied(model).eval()
+    twin = twin_of(model)
     first = _answer(twin, inputs)
     return all(_alike(first, _answer(twin, inputs)) for _ in range(CALLS - 1))
 
@@ -32,9 +33,11 @@ def same_answers(a: nn.Module, b: nn.Module, inputs: Inputs) -> bool:
 def answers_otherwise_again(model: nn.Module, inputs: Inputs, seed: int) -> bool:
     """Whether a copy of `model` answers otherwise in a second call, which starts from `seed`; the first one from 0."""
     try:
-        twin = copied(model).eval()
+        twin = twin_of(model)
         first = _answer(twin, inputs)
         return not _alike(first, _answer(twin, inputs, seed))
+    except UnfitModelError:
+        raise
     except Exception:
         return False  # it cannot run at all, which is for others to say
 
@@ -45,7 +48,9 @@ def graph_answers_as(model: nn.Module, inputs: Inputs, root: nn.Module, graph: f
     The buffers of `root` are left as they were.
     """
     try:
-        expected = _answer(copied(model).eval(), inputs)
+        expected = _answer(twin_of(model), inputs)
+    except UnfitModelError:
+        raise
     except Exception:
         return True  # it cannot run at all, which is for others to say
     twin = fx.Graph()  # a copy, as a graph belongs to the first module that is made of it
@@ -68,7 +73,7 @@ def _put_back(root: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 def _answer(module: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
     """What the module returns, copied; the random state is the same each time and left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), parameters_kept(module):
         torch.manual_seed(seed)
         return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs.call(module))
 

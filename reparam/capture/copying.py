@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from reparam.errors import UnfitModelError
+from reparam.lazy import Guarded, WrittenError
 from reparam.quiet import without_copying_warnings
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, type)
@@ -34,6 +38,40 @@ def copied(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     return _module(model, memo)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy in eval mode with parameters of its own on the same memory: to assign `weight.data` leaves the model's."""
+    twin = copied(model).eval()
+    own: dict[int, nn.Parameter] = {}
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if type(parameter) is nn.Parameter:
+                made = own.setdefault(id(parameter), nn.Parameter(parameter.detach(), parameter.requires_grad))
+                module._parameters[name] = made
+    return twin
+
+
+@contextmanager
+def parameters_kept(twin: nn.Module) -> Iterator[None]:
+    """Within it a `twin_of` a model may run: it stops before it writes to a parameter, whose memory is the model's.
+
+    Raises:
+        UnfitModelError: the forward writes to one, or puts another tensor in its place.
+    """
+    plain = {name: p for name, p in twin.named_parameters() if type(p) is nn.Parameter and p.layout is torch.strided}
+    before = {name: parameter.untyped_storage()._cdata for name, parameter in plain.items()}
+    instead = "do that once before, and leave it out of the forward"
+    try:
+        with Guarded(frozenset(before.values())):
+            yield
+    except WrittenError as error:
+        raise UnfitModelError(
+            f"the forward of {type(twin).__name__} writes to a parameter ({error}); {instead}"
+        ) from error
+    for name, parameter in plain.items():
+        if parameter.untyped_storage()._cdata != before[name]:
+            raise UnfitModelError(f"the forward of {type(twin).__name__} assigns the parameter {name}; {instead}")
 
 
 def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

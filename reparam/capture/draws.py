@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam.capture.copying import copied
+from reparam.capture.copying import twin_of
 from reparam.chance import Draw, Generators
 from reparam.inputs import Inputs
 
@@ -37,7 +37,7 @@ def find_draws(model: nn.Module, inputs: Inputs) -> tuple[Draw, ...]:
     """
     before = Generators()
     try:
-        twin = _twin(model)
+        twin = twin_of(model)
         own = Generators(twin)
         watch = _Watch(twin)
         with watch:
@@ -46,7 +46,7 @@ def find_draws(model: nn.Module, inputs: Inputs) -> tuple[Draw, ...]:
         watched = {draw.what for draw in watch.found} | {name for name in others if watch.given}
         others = [name for name in others if name not in watched]
         if others or (own.moved() and not watch.found):
-            watch.found += _by_line(_twin(model), inputs) or [Draw(name) for name in others]
+            watch.found += _by_line(twin_of(model), inputs) or [Draw(name) for name in others]
         return tuple(dict.fromkeys(watch.found))
     except Exception:
         return ()  # it cannot even be copied, which is for others to say
@@ -59,7 +59,7 @@ def failure(model: nn.Module, inputs: Inputs) -> Exception | None:
     before = Generators()
     try:
         with _Guard(model):
-            inputs.call(_twin(model))
+            inputs.call(twin_of(model))
     except _WouldWriteError:
         return None
     except Exception as error:
@@ -67,18 +67,6 @@ def failure(model: nn.Module, inputs: Inputs) -> Exception | None:
     finally:
         before.restore()
     return None
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with parameters of its own on the same memory: to assign `weight.data` leaves the model's."""
-    twin = copied(model).eval()
-    own: dict[int, nn.Parameter] = {}
-    for module in twin.modules():
-        for name, parameter in module._parameters.items():
-            if type(parameter) is nn.Parameter:
-                made = own.setdefault(id(parameter), nn.Parameter(parameter.detach(), parameter.requires_grad))
-                module._parameters[name] = made
-    return twin
 
 
 def _attempt(model: nn.Module, inputs: Inputs) -> None:

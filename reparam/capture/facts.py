@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from reparam.capture.arguments import is_given, name_of
-from reparam.capture.copying import copied
+from reparam.capture.copying import parameters_kept, twin_of
 from reparam.checks import require_fact
 from reparam.inputs import Inputs
 
@@ -52,11 +52,16 @@ class _Asked(TorchFunctionMode):
 
 
 def facts_asked(model: nn.Module, inputs: Inputs) -> dict[str, str]:
-    """`dtype`, `device` and `layout`, as far as the forward asks for them, and the line where it does."""
-    twin = copied(model).eval()
+    """`dtype`, `device` and `layout`, as far as the forward asks for them, and the line where it does.
+
+    Raises:
+        UnfitModelError: the forward writes to parameters.
+        Exception: whatever it raises on these inputs.
+    """
+    twin = twin_of(model)
     fresh = inputs.clone()
     asked = _Asked()
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), asked:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), parameters_kept(twin), asked:
         twin(*fresh.args, **fresh.kwargs)
     return asked.lines
 

@@ -32,7 +32,7 @@ from reparam.capture.exported import export
 from reparam.capture.facts import check_facts, facts_asked
 from reparam.capture.literals import note_exact
 from reparam.capture.proxies import UnfitError
-from reparam.capture.state import Memory
+from reparam.capture.state import Memory, version
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
 from reparam.chance import Generators
 from reparam.checks import Guards, require_value
@@ -136,6 +136,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
     """
     name = type(model).__name__
     try:
+        asked = facts_asked(model, inputs)
         twin = private_copy(model)
         generators = Generators(twin)
         try:
@@ -155,7 +156,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
         if before is not None:
             raise before from error
         raise CaptureError(f"{name} cannot be exported: {_first_line(error)}{_at(error)}") from error
-    check_facts(captured.graph, facts_asked(model, inputs))
+    check_facts(captured.graph, asked)
     if not answers_alike(model, inputs):
         raise UnfitModelError(f"{name} answers the same input otherwise when called again, which a graph cannot hold")
     notes = (
@@ -217,6 +218,7 @@ class _Traced:
         written: addresses of the storages that the graph writes to.
         decided: lines where sizes of the example, or what else its tensors are, decided what was traced.
         decided_by: which of these: "sizes", "dtypes and devices".
+        spoilt: arguments that the forward writes to.
         literals: attributes of the root: tensors that the forward made without the input.
     """
 
@@ -227,6 +229,7 @@ class _Traced:
     written: frozenset[int]
     decided: tuple[str, ...]
     decided_by: str
+    spoilt: tuple[str, ...]
     literals: tuple[str, ...]
 
 
@@ -299,13 +302,17 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
     Raises:
         CaptureError: the answer depends on that state.
     """
+    notes: tuple[str, ...] = ()
+    if traced.spoilt:
+        names = ", ".join(traced.spoilt)
+        notes = (f"the forward writes to its argument {names}, which the fused model may leave as it was",)
     if traced.frozen:
         raise UnfitModelError(
             f"{type(model).__name__} cannot be traced: its forward writes to {traced.frozen[0]} and takes a Python "
             "number or a decision from its value, which a graph would repeat"
         )
     if not traced.changed:
-        return ()
+        return notes
     names = ", ".join(traced.changed[:4]) + (", ..." if len(traced.changed) > 4 else "")
     if not answers_alike(model, inputs):
         raise UnfitModelError(
@@ -313,7 +320,11 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
             "same input otherwise, which a graph cannot hold; make it a function of its input, or a buffer that is "
             "written to in place"
         )
-    return (f"the forward changes {names} on the model; the fused model leaves it as it was",)
+    return (*notes, f"the forward changes {names} on the model; the fused model leaves it as it was")
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _joined(kinds: set[str]) -> str:
@@ -345,6 +356,7 @@ def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> 
         graph = tracer.trace(root)
     # What fx itself has put there: tensors that the forward made without the input.
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
+    spoilt = tuple(name for name, value in arguments.items() if any(map(version, _tensors(value))))
     replaced = memory.replaced(sorted(read))
     if replaced:
         raise UnfitError(f"the forward assigns {replaced[0]} and then uses it; a graph cannot hold that")
@@ -357,8 +369,8 @@ def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> 
     decided = dict.fromkeys(str(node.args[2]) for node in checks)
     kinds = {kind for node in checks for kind in str(node.meta["decides"]).split(" and ")}
     frozen = [name for name in sorted(tracer.read) if tracer.is_written(name)]
-    about = (tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided), _joined(kinds))
-    return _Traced(root, graph, *about, tuple(sorted(constants)))
+    found = (tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided), _joined(kinds))
+    return _Traced(root, graph, *found, spoilt, tuple(sorted(constants)))
 
 
 def _capture_error(model: nn.Module, error: Exception) -> Exception:

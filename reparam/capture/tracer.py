@@ -483,14 +483,20 @@ class ValueTracer(fx.Tracer):
         Raises:
             UnfitError: the operation does that.
         """
-        if not _names_a_write(target, kwargs):
+        if _renormalises(target, args, kwargs):
+            written, instead = (
+                _tensors((args[1:2], kwargs.get("weight"))),
+                "renormalise it once and set max_norm to None",
+            )
+        elif _names_a_write(target, kwargs):
+            written = _tensors((args[:1], kwargs.get("input"), kwargs.get("out")))
+            instead = "do that once before, and leave it out of the forward"
+        else:
             return
-        for tensor in _tensors((args[:1], kwargs.get("input"), kwargs.get("out"))):
+        for tensor in written:
             name = self._parameters.get(storage_of(tensor))
             if name is not None:
-                raise UnfitError(
-                    f"the forward writes to the parameter {name}; do that once before, and leave it out of the forward"
-                )
+                raise UnfitError(f"the forward writes to the parameter {name}; {instead}")
 
     def _note_writes(self, node: fx.Node, written: list[tuple[fx.Node, torch.Tensor]]) -> None:
         """Notes which of its inputs a node wrote to.
@@ -621,6 +627,13 @@ def _names_a_write(target: Any, kwargs: Mapping[str, Any]) -> bool:
         or kwargs.get("inplace") is True
         or kwargs.get("out") is not None
     )
+
+
+def _renormalises(target: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is the function of an embedding that scales the rows of its weight which are too long."""
+    names = ("embedding", "embedding_bag")
+    limit = kwargs.get("max_norm", args[3] if len(args) > 3 else None)
+    return getattr(target, "__name__", "") in names and limit is not None
 
 
 def _check_containers(kind: str, target: Any, args: Any) -> None:

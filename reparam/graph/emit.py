@@ -167,12 +167,23 @@ def _resize(args: list[Any], kwargs: dict[str, Any], axis: int, channels: int) -
 
 
 def insert_constant(
-    graph: fx.Graph, root: nn.Module, path: str, value: torch.Tensor, float64: Callable[[], Constant]
+    graph: fx.Graph, root: nn.Module, name: str, value: torch.Tensor, float64: Callable[[], Constant]
 ) -> fx.Node:
-    """Inserts a read of a constant, which is kept under the qualified name `path`, and returns its node."""
+    """Inserts a read of a constant, which is kept as `constants.<name>.value`, and returns its node."""
     holder = nn.Module()
+    path = _free_path(root, name)
     set_module(root, path, holder)
     return _buffer(graph, holder, f"{path}.value", value, float64)
+
+
+def _free_path(root: nn.Module, name: str) -> str:
+    """`constants.<name>`, with underscores added until neither is anything that the model, or every module, has."""
+    folder = "constants"
+    while type(getattr(root, folder, nn.Module())) is not nn.Module:
+        folder += "_"
+    while hasattr(getattr(root, folder, nn.Module()), name):
+        name += "_"
+    return f"{folder}.{name}"
 
 
 def _buffer(

@@ -204,7 +204,7 @@ def _write(
         replaced[plan.node] = write(plan, graph, root, replaced, own, written)
     value = exact.to(tensor.dtype).to(tensor.device).contiguous()
     with graph.inserting_before(end):
-        constant = insert_constant(graph, root, f"constants.{end.name}", value, lambda: Constant(exact))
+        constant = insert_constant(graph, root, end.name, value, lambda: Constant(exact))
         total = graph.call_function(torch.add, (replaced[end], constant))
     for node in (constant, total):
         node.meta.update({key: end.meta.get(key) for key in ("module_path", "source")})

@@ -87,7 +87,7 @@ class ConstantFolding:
         exact = constants.value(node)
         value = exact.to(tensor.dtype).to(tensor.device).contiguous().clone()
         with graph.inserting_before(node):
-            made = insert_constant(graph, root, f"constants.{_own_name(node)}", value, _remembered(exact))
+            made = insert_constant(graph, root, node.name, value, _remembered(exact))
         made.meta.update({key: node.meta.get(key) for key in ("module_path", "source")})
         node.replace_all_uses_with(made)
         replaced = tuple(
@@ -96,11 +96,6 @@ class ConstantFolding:
         return Rewrite(
             self.name, place(node), replaced, f"a constant of shape {list(tensor.shape)}", "f(W) = C for every input"
         )
-
-
-def _own_name(node: fx.Node) -> str:
-    """A name that is no attribute of every module, as `to` and `double` are."""
-    return f"{node.name}_" if hasattr(nn.Module(), node.name) else node.name
 
 
 def _remembered(exact: torch.Tensor) -> Callable[[], Constant]:

@@ -167,3 +167,12 @@ def test_with_passes_of_ones_own() -> None:
     model, x = made(lambda: pair(2), 2)
     with pytest.raises(InputError, match="fixed_sizes goes with the usual passes"):
         reparam.fuse(model, x, fixed_sizes=True, passes=[])
+
+
+def test_a_region_whose_end_has_the_name_of_a_method() -> None:
+    """A map is kept under the name of the node, here `register_buffer`."""
+    parts = {"a": conv(2, 4, 8, 1, bias=True), "register": nn.ModuleDict({"buffer": conv(2, 8, 6, 3, bias=True)})}
+    model, x = made(lambda: Lambda(lambda m, x: F.relu(m.register["buffer"](m.a(x))), **parts), 2)
+    fixed = reparam.fuse(model, x, fixed_sizes=True)
+    assert any(rewrite.pass_name == "bias maps" for rewrite in fixed.report.rewrites)
+    assert relative_error(run(fixed.module, x), run(model, x)) < EXACT

@@ -175,3 +175,96 @@ def test_fusing_again_changes_nothing() -> None:
     once = reparam.fuse(make(), x).module
     again = reparam.fuse(once, x)
     assert again.report.rewrites == ()
+
+
+# Where the constants are kept, and what the model may have there already.
+
+
+class Named(nn.Module):
+    """`constants` is a name of the model's own; what it is, is said by the caller."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+        if own is not None:
+            self.constants = own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        to = (self.scale * 2).exp()  # a node with the name of a method
+        own: Any = getattr(self, "constants", 1.0)
+        kept = own.exp if isinstance(own, nn.Module) else own
+        kept = kept.value if isinstance(kept, nn.Module) else kept[0] if isinstance(kept, list) else kept
+        return torch.maximum(x, to[:, None, None] * 1.5) * kept
+
+
+def holder(type_of: type[nn.Module] = nn.Module) -> nn.Module:
+    """`constants.exp.value`, which is also what the folding would call its own."""
+    outer, inner = type_of(), nn.Module()
+    inner.register_buffer("value", torch.tensor(3.0))
+    outer.exp = inner
+    return outer
+
+
+class Own(nn.Module):
+    """A module of the user's."""
+
+
+@pytest.mark.parametrize(
+    "own",
+    [None, nn.Parameter(torch.tensor(3.0)), torch.tensor(3.0), [3.0], 3.0, holder(), holder(Own)],
+    ids=["none", "parameter", "tensor", "list", "number", "module", "class"],
+)
+def test_what_the_model_calls_constants_stays_its_own(own: Any) -> None:
+    model = Named(own).double().eval()
+    result = reparam.fuse(model, X)
+    assert any(rewrite.pass_name == "constants" for rewrite in result.report.rewrites)
+    assert relative_error(model(X), result.module(X)) < 1e-14
+    again = reparam.fuse(result.module, X)
+    assert relative_error(model(X), again.module(X)) < 1e-14
+
+
+METHODS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "to": lambda m, x: torch.tanh(x) * (m.g * 2).to(x.dtype),
+    "double": lambda m, x: torch.tanh(x) * (m.g * 2).double(),
+    "type": lambda m, x: torch.tanh(x) * (m.g * 2).type(torch.float64),
+    "float": lambda m, x: torch.tanh(x) * (m.g * 2).float().to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_constant_whose_node_has_the_name_of_a_method(name: str) -> None:
+    model = built(METHODS[name], g=nn.Parameter(torch.rand(4, 1, 1)))
+    result = reparam.fuse(model, X)
+    assert relative_error(model(X), result.module(X)) < 1e-14
+    assert callable(result.module.to)
+    assert relative_error(model(X).float(), result.module.float()(X.float())) < 1e-6
+
+
+# A cast to less precision than the model's is meant to round, whatever stands behind it.
+CASTS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "half": lambda m, x: torch.tanh(x) * (m.g + 1).half().to(x.dtype),
+    "bfloat16": lambda m, x: torch.tanh(x) * (m.g + 1).to(torch.bfloat16).to(x.dtype),
+    "to_another": lambda m, x: torch.tanh(x) * (m.g + 1).to(m.narrow).to(x),
+    "type_as": lambda m, x: torch.tanh(x) * (m.g + 1).type_as(m.narrow).type_as(x),
+    "weight": lambda m, x: m.norm(F.conv2d(x, m.c.weight.half().to(x.dtype))),
+    "twice": lambda m, x: torch.tanh(x) * ((m.g + 1).half().float().exp().to(x.dtype)),
+    "own_dtype": lambda m, x: torch.tanh(x) * (m.g + 1).to(x.dtype),
+    "wider": lambda m, x: torch.tanh(x) * (m.g + 1).double().exp().to(x.dtype),
+    "integer": lambda m, x: torch.tanh(x) * (m.g * 9).long().to(x.dtype),
+    "rounded": lambda m, x: torch.tanh(x) * ((m.g * 100).round() / 100),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CASTS)
+def test_casts_to_less_precision_stay(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 1.5)
+    parts = {"c": nn.Conv2d(4, 4, 3), "norm": norm, "g": nn.Parameter(torch.rand(4, 1, 1))}
+    model = Lambda(CASTS[name], narrow=torch.zeros(1), **parts).to(dtype).eval()
+    model.narrow = torch.zeros(1, dtype=torch.float16)
+    x = X.to(dtype)
+    result = reparam.fuse(model, x, verify=False)
+    assert relative_error(model(x), result.module(x)) < (1e-14 if dtype == torch.float64 else 1e-6)
