@@ -17,14 +17,14 @@ NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @contextlib.contextmanager
-def all_in(dtype: torch.dtype, told: torch.dtype | None = None) -> Iterator[None]:
-    """Inside, tensors made without a dtype are `dtype`, and casts to a narrower dtype are casts to this one.
+def all_in(dtype: torch.dtype, told: torch.dtype | None = None, *, default: bool = True) -> Iterator[None]:
+    """Inside, casts to a narrower dtype are casts to this one, and (`default`) tensors made without a dtype have it.
 
     With `told`, a model that asks for the dtype of such a tensor is told this one: it has to go the way that it goes
     when it is deployed.
     """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype if default else before)
     try:
         with _Casts(dtype, told):
             yield

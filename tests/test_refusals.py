@@ -213,9 +213,8 @@ def norms_left(fused: Fused) -> Counter[str]:
 
 def check(fused: Fused) -> None:
     texts = [f"{r.where}: {r.subject}: {r.reason}" for r in fused.refusals]
-    refused = Counter(
-        r.place.module for r in fused.refusals if "norm" in r.subject.lower() and "weights of" not in r.subject
-    )
+    about_norms = [r for r in fused.refusals if "norm" in r.subject.lower() and "weights of" not in r.subject]
+    refused = Counter(r.place.module for r in about_norms)
     assert refused == norms_left(fused), texts
     assert fused.unexplained() == [], texts
     assert fused.unfounded() == []

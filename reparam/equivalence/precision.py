@@ -114,6 +114,7 @@ def run(
     seed: int,
     dtype: torch.dtype | None = None,
     drawn: list[str] | None = None,
+    default: bool = True,
 ) -> Flat:
     """Calls a model and flattens what it returns, with its random numbers drawn from `seed`.
 
@@ -121,15 +122,22 @@ def run(
         model: a module or any other callable; the inputs are moved to the module's device.
         dtype: float64 or float32 casts the floating-point inputs, and makes every cast to a narrower dtype inside the
             model a cast to this one; None runs the model as it is.
+        default: with `dtype`, whether tensors that the model makes without a dtype have it, too. Not so for a model
+            that is deployed in that dtype: there they have torch's default dtype.
         drawn: where given, gets the names of the generators that the model drew from.
     """
     if isinstance(model, PrivateCopy):
-        return model.run(lambda module: _run(module, inputs, seed, dtype, drawn))
-    return _run(model, inputs, seed, dtype, drawn)
+        return model.run(lambda module: _run(module, inputs, seed, dtype, drawn, default))
+    return _run(model, inputs, seed, dtype, drawn, default)
 
 
 def _run(
-    model: Callable[..., Any], inputs: Inputs, seed: int, dtype: torch.dtype | None, drawn: list[str] | None
+    model: Callable[..., Any],
+    inputs: Inputs,
+    seed: int,
+    dtype: torch.dtype | None,
+    drawn: list[str] | None,
+    default: bool,
 ) -> Flat:
     device = _device(model)
     if device is not None:
@@ -138,7 +146,7 @@ def _run(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         generators = None if drawn is None else Generators()
-        with contextlib.nullcontext() if dtype is None else all_in(dtype, _told(inputs, dtype)):
+        with contextlib.nullcontext() if dtype is None else all_in(dtype, _told(inputs, dtype), default=default):
             result = flatten((inputs if dtype is None else inputs.to(dtype)).call(model))
         if drawn is not None and generators is not None:
             drawn += generators.moved()

@@ -293,4 +293,5 @@ def _call(
 ) -> Flat:
     wide = session.rules.dtype == torch.float64 if dtype is None else dtype == torch.float64
     session.spent += case.relative_size * (1.0 if wide else _NARROW_COST)
-    return run(model, case.inputs, seed=session.seed, dtype=dtype, drawn=drawn)
+    default = session.rules.dtype != dtype
+    return run(model, case.inputs, seed=session.seed, dtype=dtype, drawn=drawn, default=default)

@@ -39,7 +39,7 @@ def pipeline(
     """
     return (
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
-        Cleanup(),  # so does an operation that returns what it reads
+        Cleanup(final=False),  # so does an operation that returns what it reads
         Repeats(affine=False),  # two tensors that are one: their readers are neighbours then
         NormWeights(cost=cost),  # to be merged by the collapse, like any scale and shift
         # moves, then the collapse, which merges what they brought together; again if that allows more moves

@@ -48,9 +48,10 @@ _SIGN_OF_ZERO = frozenset(
 
 @dataclass(frozen=True)
 class Cleanup:
-    """The pass. `table` says what is affine, which tells sizes."""
+    """The pass. `table` says what is affine, which tells sizes; `final`: whether it says what it left."""
 
     table: LiftTable = TABLE
+    final: bool = True
     name = "cleanup"
 
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
@@ -73,7 +74,7 @@ class Cleanup:
             rewrites.append(Rewrite(self.name, place(node), (described(node, root),), "", identity))
             node.replace_all_uses_with(source)
         eliminate_dead_code(graph)
-        return rewrites, refusals
+        return rewrites, refusals if self.final else []
 
 
 _PLUS_ZERO = "x + 0 = x"
@@ -97,16 +98,18 @@ class _About:
         """Whether an argument is this number, or a constant tensor of nothing else."""
         if isinstance(argument, (int, float)) and not isinstance(argument, bool):
             return argument == number
-        if not isinstance(argument, fx.Node) or argument not in self.constants or info(argument) is None:
-            return False
-        value = self.constants.value(argument)
+        value = self.tensor(argument)
         return isinstance(value, torch.Tensor) and not value.is_complex() and bool((value == number).all())
+
+    def tensor(self, argument: Any) -> torch.Tensor | None:
+        """The value of a constant tensor; None for anything else."""
+        value = self.constants.value(argument) if isinstance(argument, fx.Node) and argument in self.constants else None
+        return value if isinstance(value, torch.Tensor) else None
 
     def has_sign(self, argument: Any) -> bool:
         """Whether a zero is a negative one, or one of several is."""
-        if isinstance(argument, fx.Node):
-            argument = self.constants.value(argument) if argument in self.constants else 0
-        value = torch.as_tensor(argument)
+        value = self.tensor(argument) if isinstance(argument, fx.Node) else torch.as_tensor(argument)
+        assert value is not None
         return not value.is_complex() and bool(torch.signbit(value).any())
 
 
@@ -160,7 +163,7 @@ def _arithmetic(node: fx.Node, about: _About) -> tuple[fx.Node, str] | None:
 
 def _broadcasts_nothing(x: fx.Node, other: Any, about: _About) -> bool:
     """Whether the result of elementwise arithmetic has the sizes of `x`, whatever those are."""
-    tensor, constant = info(x), info(other) if isinstance(other, fx.Node) else None
+    tensor, constant = info(x), about.tensor(other)
     if tensor is None or constant is None:
         return tensor is not None
     if len(constant.shape) > len(tensor.shape):

@@ -1,8 +1,8 @@
 """What depends on parameters, buffers and literals only is computed once: `f(W) = C` for every input.
 
-Evaluated in float64 and rounded once. What stays: views of a parameter, which cost nothing, and tables that would make
-the file much larger than the parameters they are made of. Random operations and storages that the forward writes to are
-no constants.
+Evaluated in float64 and rounded once. What stays: views of a parameter, which cost nothing; what the model returns; and
+tables that would make the file much larger than the parameters they are made of. Random operations and storages that
+the forward writes to are no constants.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from reparam.graph.constants import Constants
 from reparam.graph.emit import Constant, insert_constant
-from reparam.graph.nodes import info, kind, place, replace_by_literal
+from reparam.graph.nodes import attribute, escapes, info, kind, module_of, place, replace_by_literal
 from reparam.graph.normal import eliminate_dead_code
 from reparam.passes.base import Refusal, Rewrite
 
@@ -68,7 +68,9 @@ class ConstantFolding:
                 _write_number(node, constants)
                 continue
             cone = list(_cone(node))
-            if all(map(_is_view, cone)):
+            if escapes(node):
+                continue  # a caller who writes to what they got would change the model
+            if all(map(_is_view, cone)) and not _is_its_own(node, cone, graph, root):
                 continue
             added = _bytes(node) - sum(_bytes(other) for other in cone if other.op == "get_attr")
             if added > 0 and (_bytes(node) > self.most or added > left):
@@ -137,6 +139,22 @@ def _is_view(node: fx.Node) -> bool:
         return not any(info(other) is not None for other in node.all_input_nodes[1:])
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_function", "call_method") and name in _VIEWS
+
+
+def _is_its_own(node: fx.Node, cone: list[fx.Node], graph: fx.Graph, root: nn.Module) -> bool:
+    """Whether a view shows the whole of one buffer that nobody else reads, so that it can be kept as the view."""
+    held = [part for part in cone if part.op == "get_attr"]
+    if len(held) != 1 or any(len(part.users) != 1 for part in cone if part is not node):
+        return False
+    name = str(held[0].target)
+    value = attribute(root, name)
+    if isinstance(value, nn.Parameter) or not isinstance(value, torch.Tensor) or info(node) is None:
+        return False
+    if value.numel() != info(node).numel or any(o is not held[0] and o.target == name for o in graph.nodes):  # type: ignore[union-attr]
+        return False
+    storage = value.untyped_storage().data_ptr()
+    called = [module for one in graph.nodes if (module := module_of(one, root)) is not None]
+    return not any(t.untyped_storage().data_ptr() == storage for module in called for t in module.buffers())
 
 
 def _bytes(node: fx.Node) -> int:

@@ -3,8 +3,8 @@
     A(g * n(x) + b) = (A g)(n(x)) + A(b)      n: the norm without weights
 
 Preconditions: the weights vary along the channels that the layers read (one normalised axis, the last one; for
-GroupNorm and InstanceNorm axis 1); every reader is a layer that absorbs scale and shift whole, without padding that the
-shift would have to cross; the layer's weights are merged, so the norm itself stays, and stays one operation.
+GroupNorm axis 1); every reader is a layer that absorbs scale and shift whole, without padding that the shift would have
+to cross. The norm itself stays, and stays one operation.
 
 So it saves numbers and no time: a norm with weights is launched once and reads and writes the same tensor. Under
 `objective="latency"` and `"macs"` it is a tie, and a tie goes to the form nearer to the original; under
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from reparam.algebra import Inexact
-from reparam.graph.emit import insert_layer, layer_for
+from reparam.graph.emit import Layer, insert_layer, layer_for
 from reparam.graph.lift import Call, CallRow, CallTable, LiftTable
-from reparam.graph.nodes import described, free_name, info, kind, place, set_module
+from reparam.graph.nodes import described, free_name, info, is_parametrized, kind, module_of, place, set_module
 from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
@@ -119,9 +119,9 @@ class NormWeights:
         refusals: list[Refusal] = []
         surroundings = Surroundings(graph, root, self.table)
         for node in candidates:
+            module = module_of(node, root)
             weights = surroundings.look_up(NORMS, node)
-            tensor = info(node)
-            if not isinstance(weights, _Weights) or tensor is None:
+            if not isinstance(weights, _Weights) or (module is not None and is_parametrized(module)):
                 continue
             run = _as_run(weights, node)
             answers = [surroundings.absorbs_in_front(reader, node, run, weights.axis) for reader in node.users]
@@ -131,13 +131,11 @@ class NormWeights:
             if not (self.cost.key(after) < self.cost.key(before) and self.cost.no_slower(after, before)):
                 refusals.append(self._does_not_pay(node, root))
                 continue
-            for reader in node.users:
-                if surroundings.absorbs_in_front(reader, node, run, weights.axis, rounded=True) is not True:
-                    break
-            else:
+            layer = _written(run, node)
+            readers = [surroundings.absorbs_in_front(r, node, run, weights.axis, rounded=True) for r in node.users]
+            if isinstance(layer, Layer) and all(answer is True for answer in readers):
                 rewrites.append(self._rewrite(node, run, before, after, root))
-                _separate(node, weights, run, graph, root)
-                surroundings.forget()
+                _separate(node, layer, graph, root)
         return rewrites, refusals
 
     def _costs(self, node: fx.Node, run: Scaling) -> tuple[Cost, Cost]:
@@ -177,17 +175,18 @@ def _as_run(weights: _Weights, node: fx.Node) -> Scaling:
     return Scaling((node,), weights.operand, scale.to(torch.float64), shift.to(torch.float64), weights.axis)
 
 
-def _separate(node: fx.Node, weights: _Weights, run: Scaling, graph: fx.Graph, root: nn.Module) -> None:
-    """Writes the norm without weights, and its scale and shift behind it."""
-    tensor = info(node)
+def _written(run: Scaling, node: fx.Node) -> Layer | Inexact:
+    """Scale and shift as they stand in a graph."""
+    tensor, map_ = info(node), run.map(run.scale.numel())
     assert tensor is not None
-    row = NORMS.row(node, root)
+    assert run.axis is not None
+    return layer_for(map_, tensor, run.axis, None if map_.bias is None else map_.bias.evaluate())
+
+
+def _separate(node: fx.Node, layer: Layer, graph: fx.Graph, root: nn.Module) -> None:
+    """Writes the norm without weights, and its scale and shift behind it."""
+    row, module = NORMS.row(node, root), module_of(node, root)
     assert row is not None
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    map_ = run.map(run.scale.numel())
-    layer = layer_for(map_, tensor, weights.axis, None if map_.bias is None else map_.bias.evaluate())
-    if isinstance(layer, Inexact):
-        return
     with graph.inserting_after(node):
         bare = _without_weights(node, module, row, graph, root)
     with graph.inserting_after(bare):
@@ -197,7 +196,7 @@ def _separate(node: fx.Node, weights: _Weights, run: Scaling, graph: fx.Graph, r
             made.prepend(constant)
     for new in (bare, made):
         new.meta.update({key: node.meta.get(key) for key in ("module_path", "source")})
-        new.meta["tensor"] = tensor
+        new.meta["tensor"] = info(node)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
 

@@ -70,8 +70,7 @@ class Scores:
                 node.meta["refused"] = Refusal(self.name, place(node), kind(node, root), why.reason, why.remedy)
                 continue
             rewrites.append(self._rewrite(plan, node, root))
-            _apply(plan, run, graph, root)
-            surroundings.forget()
+            _apply(plan, run, graph, root)  # what is known of other nodes stays true
         eliminate_dead_code(graph)
         return rewrites, []
 

@@ -61,6 +61,15 @@ def test_in_other_precisions_the_model_answers_as_before(dtype: torch.dtype) -> 
     assert relative_error(original(X.to(dtype)).double(), result.module(X.to(dtype)).double()) < 1e-2
 
 
+def test_a_float64_model_is_compared_as_it_runs() -> None:
+    """There `torch.tensor(0.1)` is 0.1 rounded to torch's default dtype, and stays so."""
+    original = model("number").double()
+    result = reparam.fuse(original, X.double())
+    assert result.report.comparison is not None
+    assert result.report.comparison.passed
+    assert relative_error(original(X.double()), result.module(X.double())) < 1e-14
+
+
 def test_the_exact_values_stand_beside_the_rounded_ones() -> None:
     captured = capture(model("number"), X)
     (node,) = [node for node in captured.graph.nodes if "exact" in node.meta]

@@ -114,6 +114,100 @@ class DropConnect(nn.Module):
         return F.relu(self.norm(F.conv2d(x, (1 - self.p) * self.weight, padding=1)))
 
 
+class LayerScaled(nn.Module):
+    """ConvNeXt's block: depthwise, LayerNorm, two linears in channels-last layout, `gamma`, drop path, `x +`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix = conv(2, channels, channels, 3, groups=channels, bias=True)
+        self.norm = nn.LayerNorm(channels)
+        self.up, self.down = nn.Linear(channels, 12), nn.Linear(12, channels)
+        self.gamma = nn.Parameter(torch.randn(channels))
+        self.drop_path = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.mix(x).permute(0, 2, 3, 1))
+        y = self.gamma * self.down(F.gelu(self.up(y)))
+        return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+
+class ScaledAttention(nn.Module):
+    """Attention of tokens with `1 / sqrt(d)` written out, and a temperature behind the last linear.
+
+    `where`: what is scaled, "query" or "scores"; `joint`: query, key and value are one layer.
+    """
+
+    def __init__(self, where: str, joint: bool) -> None:
+        super().__init__()
+        self.where, self.scale = where, 3**-0.5
+        self.qkv = nn.Linear(6, 18) if joint else None
+        self.q, self.k, self.v = (None if joint else nn.Linear(6, 6) for _ in range(3))
+        self.out, self.temperature = nn.Linear(6, 5), 0.7
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        if self.qkv is not None:
+            q, k, v = self.qkv(x).reshape(batch, tokens, 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            assert self.q is not None
+            assert self.k is not None
+            assert self.v is not None
+            q, k, v = (layer(x).reshape(batch, tokens, 2, 3).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.where == "query":
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+        else:
+            scores = (q @ k.transpose(-2, -1)) / (1 / self.scale)
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, 6)
+        return torch.softmax(self.out(mixed) / self.temperature, -1)
+
+
+class RelativePositions(nn.Module):
+    """A window's attention with the bias of relative positions, looked up in a table: Swin's."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.qk, self.side = nn.Linear(6, 12), side
+        self.table = nn.Parameter(torch.randn((2 * side - 1) ** 2, 2))
+        at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
+        step = at[:, :, None] - at[:, None, :] + side - 1
+        self.register_buffer("index", step[0] * (2 * side - 1) + step[1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k = self.qk(x).reshape(batch, tokens, 2, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(tokens, tokens, 2).permute(2, 0, 1)
+        scores = (q @ k.transpose(-2, -1) + bias.unsqueeze(0)).softmax(-1)
+        return (scores @ x.unsqueeze(1)).flatten(2)
+
+
+class NormalisedInput(nn.Module):
+    """`(x - mean) / std` of literals at the head, then a stem without padding, or with it."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.stem, self.norm = conv(2, 3, 8, 3, stride=2, padding=padding), bn(2, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        return F.relu(self.norm(self.stem((x / 2.0 - mean) / std)))
+
+
+class Clutter(nn.Module):
+    """What generated code is full of: `* 1`, `+ 0`, `-(-x)`, reshapes to the same sizes, one thing computed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(2, 4, 6, 3), bn(2, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x * 1)
+        y = (y.reshape(y.shape) + 0) ** 1
+        y = self.norm(torch.cat([y], 1).permute(0, 1, 2, 3)[:, :])
+        gate = torch.sigmoid(F.relu(-torch.neg(y)) - 0.0)
+        return gate * (F.relu(y) / 1) * torch.sigmoid(F.relu(y))
+
+
 CASES = [
     *(
         BlockCase(f"weight_standardised_{s}", partial(standardised_bn, s), shape(2, 4), since="5")
@@ -128,4 +222,33 @@ CASES = [
     BlockCase("do_conv", partial(DOConv, 4, 6, 12), shape(2, 4), since="5"),
     BlockCase("frozen_norm", partial(FrozenNorm, 6), shape(2, 4), {"conv": 1, "mul": 0, "add": 0}, since="5"),
     BlockCase("drop_connect", DropConnect, shape(2, 4), since="5"),
+    BlockCase("layer_scale", partial(LayerScaled, 4), shape(2, 4), {"conv": 1, "linear": 2, "mul": 0}, since="5"),
+    *(
+        BlockCase(
+            f"scaled_{where}_{'joint' if joint else 'apart'}",
+            partial(ScaledAttention, where, joint),
+            (2, 5, 6),
+            {"linear": 2, "mul": 0} if joint else {"mul": 0},
+            since="5",
+            flexible=False,
+        )
+        for where in ("query", "scores")
+        for joint in (True, False)
+    ),
+    BlockCase("relative_positions", partial(RelativePositions, 3), (2, 9, 6), {"linear": 1}, since="5", flexible=False),
+    BlockCase(
+        "normalised_input",
+        partial(NormalisedInput, 0),
+        shape(2, 3),
+        {"conv": 1, "bn": 0, "add": 0, "mul": 0},
+        since="5",
+    ),
+    BlockCase(
+        "normalised_input_padded",
+        partial(NormalisedInput, 1),
+        shape(2, 3),
+        {"conv": 1, "bn": 0, "add": 1, "mul": 0},
+        since="5",
+    ),
+    BlockCase("clutter", Clutter, shape(2, 4), {"conv": 1, "bn": 0, "add": 0, "mul": 2}, since="5"),
 ]
