@@ -8,7 +8,8 @@ images as small as 64 x 64 where the model takes them. Asked of each model:
 
 * float64: converted to float64 and fused there, its outputs are the original's up to a relative error of 1e-9;
 * float32: `reparam.fuse` with its usual verification, which holds the error against the original's own rounding;
-* ONNX: the fused model is written, and onnxruntime agrees with the original, by the check of the command line.
+* ONNX: the fused model is written, and onnxruntime agrees with the original, by the check of the command line;
+* leftovers: neither the fused graph nor the file holds a dropout, an identity or a random number.
 
 Results go to `tools/results/families.json` and `.md`: a run that was stopped goes on where it was, unless the engine
 has changed since. Exit status 1 if a model fails in any of these.
@@ -20,6 +21,7 @@ import argparse
 import copy
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -44,6 +46,8 @@ from tools.record import engine_revision, first_line, write  # noqa: E402
 OUT = ROOT / "tools" / "results"
 LIMIT = 900.0
 """Seconds for one model."""
+IDLE = r"drop|identity|rand|bernoulli|multinomial|poisson|normal_"
+"""Names of operations that have nothing to do at inference."""
 TOLERANCE = 1e-9
 """Relative error that is allowed in float64."""
 KINDS = ("convolutions", "batch_norms", "linears", "nodes")
@@ -64,6 +68,7 @@ class Row(sweep.ModelRow):
         onnx_written: whether an ONNX file was made.
         onnx_passed, onnx_error, onnx_noise: the same for that file, run by onnxruntime.
         onnx_notes: what of the file could not be had, such as an open axis.
+        leftovers: dropouts, identities and draws of random numbers in the fused graph and in the ONNX file.
         before, after: operations by kind.
         rewrites, refusals: how many there are.
         fuse_seconds: of the float32 stage, without its verification.
@@ -83,6 +88,7 @@ class Row(sweep.ModelRow):
     onnx_error: float | None = None
     onnx_noise: float | None = None
     onnx_notes: Sequence[str] = ()
+    leftovers: Sequence[str] = field(default_factory=list)
     before: Mapping[str, int] = field(default_factory=dict)
     after: Mapping[str, int] = field(default_factory=dict)
     rewrites: int = 0
@@ -98,7 +104,7 @@ class Row(sweep.ModelRow):
 
     @property
     def failed(self) -> bool:
-        return not (self.exact and self.float32_passed and self.onnx_passed)
+        return bool(self.leftovers) or not (self.exact and self.float32_passed and self.onnx_passed)
 
     @property
     def line(self) -> str:
@@ -145,6 +151,8 @@ def measured(name: str) -> Row:
     if model is not None and fused is not None:
         with stages("ONNX"):
             as_onnx(model, fused, x, facts)
+    if facts.get("leftovers"):
+        stages.failures["leftovers"] = ", ".join(facts["leftovers"])
     return Row(name, timm_zoo.family(name), **facts, seconds=stages.seconds, failures=stages.failures)
 
 
@@ -173,7 +181,21 @@ def in_float32(model: nn.Module, x: torch.Tensor, facts: dict[str, Any]) -> nn.M
         facts.update(_reported(error.report))
         raise
     facts.update(_reported(result.report))
+    facts["leftovers"] = _leftovers_in_graph(result.module)
     return result.module
+
+
+def _leftovers_in_graph(module: nn.Module) -> list[str]:
+    """Calls of dropouts and identities, and of what draws random numbers."""
+    from torch import fx
+
+    found = []
+    for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+        target = module.get_submodule(node.target) if node.op == "call_module" else node.target
+        name = type(target).__name__ if node.op == "call_module" else getattr(target, "__name__", str(target))
+        if node.op.startswith("call") and re.search(IDLE, name, re.IGNORECASE):
+            found.append(f"{node.name}: {name}")
+    return found
 
 
 def _reported(report: Any) -> dict[str, Any]:
@@ -191,6 +213,8 @@ def _reported(report: Any) -> dict[str, Any]:
 
 def as_onnx(model: nn.Module, fused: nn.Module, x: torch.Tensor, facts: dict[str, Any]) -> None:
     """Writes the file and runs it against the original."""
+    import onnx
+
     from reparam.export import OnnxSession, export_onnx
     from reparam.inputs import Inputs
     from reparam.workflow import _verify_onnx  # the command line's own check: a copy here could be a laxer one
@@ -199,6 +223,9 @@ def as_onnx(model: nn.Module, fused: nn.Module, x: torch.Tensor, facts: dict[str
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(fused, inputs, Path(folder) / "fused.onnx")
         facts.update(onnx_written=True, onnx_notes=file.notes)
+        operators = {node.op_type for node in onnx.load(str(file.path), load_external_data=False).graph.node}
+        idle = [f"ONNX: {name}" for name in sorted(operators) if re.search(IDLE, name, re.IGNORECASE)]
+        facts["leftovers"] = [*facts.get("leftovers", ()), *idle]
         comparison = _verify_onnx(model, OnnxSession(file.path, threads=1), file, inputs, 0)
     facts.update(_compared("onnx", comparison))
     if not comparison.passed:
@@ -282,7 +309,8 @@ def _totals(rows: Sequence[Row], families: int) -> list[str]:
         f"{sum(row.exact for row in rows)} are exact in float64 (largest error {_short(worst)}), "
         f"{sum(bool(row.float32_passed) for row in rows)} pass in float32, "
         f"{sum(row.onnx_written for row in rows)} become an ONNX file and "
-        f"{sum(bool(row.onnx_passed) for row in rows)} of these files pass in onnxruntime.",
+        f"{sum(bool(row.onnx_passed) for row in rows)} of these files pass in onnxruntime. A dropout, an identity or a "
+        f"random number is left in {sum(bool(row.leftovers) for row in rows)} of them.",
         "",
         f"In all: {before['convolutions']} → {after['convolutions']} convolutions, "
         f"{before['batch_norms']} → {after['batch_norms']} BatchNorms, "
