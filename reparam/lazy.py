@@ -186,12 +186,21 @@ def lean_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module 
     stand_ins = {id(parameter): _stand_in(parameter, dtype) for parameter in module.parameters()}
     expected = set(map(id, stand_ins.values()))
     with without_copying_warnings():
-        duplicate: nn.Module = copy.deepcopy(module, cast(Any, dict(stand_ins)))
+        duplicate: nn.Module = copy.deepcopy(module, cast(Any, results_held(module) | stand_ins))
     if any(id(parameter) not in expected for parameter in duplicate.parameters()):
         return None
     if dtype is not None:
         cast_rest(duplicate, dtype)
     return duplicate
+
+
+def results_held(module: nn.Module) -> dict[int, torch.Tensor]:
+    """For `copy.deepcopy`, copies of the attributes that are results with gradients, which it would not copy itself.
+
+    A hook may have left one there, as that of `torch.nn.utils.weight_norm` does.
+    """
+    held = (value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor))
+    return {id(value): value.detach().clone() for value in held if value.grad_fn is not None}
 
 
 def cast_rest(module: nn.Module, dtype: torch.dtype) -> None:

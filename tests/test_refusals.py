@@ -22,7 +22,7 @@ from reparam.errors import ReparamError
 from reparam.passes import collapse
 from tests.test_silently_wrong import ALL
 from tests.zoo import BLOCKS, BlockCase
-from tests.zoo.trap import Trap
+from tests.zoo.trap import Lambda, Trap
 from tools import timm_zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
@@ -337,6 +337,58 @@ def test_sentences(
     if remedy.startswith("choose objective="):
         other = remedy.removeprefix("choose objective='").removesuffix("'")
         assert not reparam.fuse(model, x, objective=other).report.refusals
+
+
+def upsampled(*sizes: int) -> nn.Module:
+    parts = {"up": nn.ConvTranspose2d(16, 16, 3, 2, 1), "norm": nn.BatchNorm2d(16)}
+    if not sizes:
+        return Lambda(lambda m, x: m.norm(m.up(x, output_size=[2 * n for n in x.shape[2:]])).relu(), **parts)
+    return Lambda(lambda m, x: m.norm(m.up(x, list(sizes))).relu(), **parts)
+
+
+def under_a_norm(norm: Callable[..., nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Conv2d(16, 16, 3)), nn.BatchNorm2d(16), nn.ReLU())
+
+
+# What is refused twice: the layer by its own call, the BatchNorm for the layer beside it.
+BESIDE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "output_size": (lambda: upsampled(15, 15), "its output_size is an argument of the call", "output_padding"),
+    "output_size_of_sizes": (upsampled, "its output_size is an argument of the call", "output_padding"),
+    "weight_norm": (
+        lambda: under_a_norm(torch.nn.utils.weight_norm),
+        "torch.nn.utils.weight_norm computes its weight in a hook",
+        "torch.nn.utils.remove_weight_norm",
+    ),
+    "spectral_norm": (
+        lambda: under_a_norm(torch.nn.utils.spectral_norm),
+        "torch.nn.utils.spectral_norm computes its weight in a hook",
+        "torch.nn.utils.remove_spectral_norm",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_norm_beside_a_layer_that_stays_is_told_why_that_stays(name: str) -> None:
+    build, reason, remedy = BESIDE[name]
+    model, x = build().eval(), torch.randn(IMAGE)
+    layer, norm = reparam.fuse(model, x).report.refusals
+    assert layer.reason.startswith(reason)
+    assert norm.subject == "BatchNorm2d"
+    assert f"{layer.place.module} beside it stays as it is: {reason}" in norm.reason
+    assert remedy in layer.remedy
+    assert remedy in norm.remedy
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_the_remedies_for_norms_of_weights_help(name: str) -> None:
+    model, x = BESIDE[name][0]().eval(), torch.randn(IMAGE)
+    expected = model(x)
+    getattr(torch.nn.utils, f"remove_{name}")(model[0])  # type: ignore[index]
+    result = reparam.fuse(model, x)
+    assert result.report.after.batch_norms == 0
+    assert torch.allclose(result.module(x), expected, atol=1e-5)
 
 
 def test_nothing_is_said_about_what_does_not_look_foldable() -> None:

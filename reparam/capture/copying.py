@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from reparam.errors import UnfitModelError
-from reparam.lazy import Guarded, WrittenError
+from reparam.lazy import Guarded, WrittenError, results_held
 from reparam.quiet import without_copying_warnings
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, type)
@@ -36,7 +36,7 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         Exception: whatever `copy.deepcopy` raises for an attribute that cannot be copied.
     """
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    memo: dict[int, Any] = {**results_held(model), **{id(parameter): parameter for parameter in model.parameters()}}
     return _module(model, memo)
 
 

@@ -18,7 +18,7 @@ from reparam.chance import Generators
 from reparam.equivalence.outputs import Flat, flatten
 from reparam.errors import InputError
 from reparam.inputs import Inputs
-from reparam.lazy import Guarded, Lazy, WrittenError, lean_copy, pairs_of_blocks, shared_storages
+from reparam.lazy import Guarded, Lazy, WrittenError, lean_copy, pairs_of_blocks, results_held, shared_storages
 from reparam.quiet import without_copying_warnings
 from reparam.widen import NARROW, all_in
 
@@ -90,8 +90,9 @@ def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None)
     """
     try:
         lazy = {id(one): nn.Parameter(one.whole(), False) for one in module.parameters() if isinstance(one, Lazy)}
+        known = results_held(module) | lazy
         with without_copying_warnings():
-            duplicate = copy.deepcopy(module, cast(Any, lazy))
+            duplicate = copy.deepcopy(module, cast(Any, known))
     except Exception as error:
         raise InputError(f"the {what} cannot be copied, so it cannot be verified ({first_line(error)})") from error
     # An exported program's module has no modes: what it does was fixed when it was exported.

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import fx, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from reparam.algebra import AffineMap, Inexact
 from reparam.errors import InputError
@@ -220,7 +222,7 @@ class CallTable(Generic[Found]):
         # A row with function spellings too gets all but its input from the module itself.
         known = row.signature[:1] if node.op == "call_module" and row.calls else row.signature
         if len(node.args) > len(known) or not set(node.kwargs) <= {*known, *_HARMLESS}:
-            return Inexact("it is called with further arguments", "call it with its input alone")
+            return _further(node, row)
         arguments: dict[str, Any] = dict(zip(row.signature, node.args, strict=False))
         arguments.update(node.kwargs)
         if node.op == "call_module":
@@ -235,6 +237,16 @@ class CallTable(Generic[Found]):
             elif isinstance(value, (list, tuple)) and any(isinstance(item, fx.Node) for item in value):
                 return Inexact(f"its argument {name!r} is computed when the model runs", "pass constants")
         return row.lift(Call(node, arguments, root, sizes, constants))
+
+
+def _further(node: fx.Node, row: CallRow[Found]) -> Inexact:
+    """What is said of a call with arguments that the row does not know."""
+    if node.op == "call_module" and row.name == "transposed convolution":
+        return Inexact(
+            "its output_size is an argument of the call, so that the size of its input decides how it pads",
+            "set output_padding on the layer instead, and call it with its input alone",
+        )
+    return Inexact("it is called with further arguments", "call it with its input alone")
 
 
 def _lift_raw(
@@ -286,6 +298,14 @@ def _untouchable(node: fx.Node, root: nn.Module) -> Inexact | None:
 
 
 def _module_hides_something(module: nn.Module) -> Inexact | None:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            name = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
+            return Inexact(
+                f"torch.nn.utils.{name} computes its {hook.name} in a hook, whenever it is called",
+                f"take it off (torch.nn.utils.remove_{name}), which leaves the {hook.name} it has, or put it on by "
+                f"torch.nn.utils.parametrizations.{name}, then fuse",
+            )
     if module._forward_hooks or module._forward_pre_hooks:
         return Inexact("it has forward hooks, which fusing would lose", "remove the hooks, then fuse")
     if "forward" in module.__dict__:

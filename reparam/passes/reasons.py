@@ -112,6 +112,11 @@ def _about_scale(node: fx.Node, standing: Standing) -> Iterator[tuple[fx.Node, I
             if source in standing.real and (readers := [r for r in standing.readers(source) if r is not node]):
                 yield subject, read_elsewhere(source, readers, standing)
                 return
+        for other in (*standing.sources(node), *standing.readers(node)):
+            if standing.is_weighted_call(other):
+                why = standing.region.inexact[other]
+                yield subject, replace(why, reason=f"{named(other, root)} beside it stays as it is: {why.reason}")
+                return
         inputs = listed([named(other, root) for other in standing.sources(node)])
         outputs = listed([named(other, root) for other in standing.readers(node)])
         yield subject, Inexact(f"nothing linear is beside it: it reads {inputs} and feeds {outputs}")

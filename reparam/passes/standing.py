@@ -167,10 +167,11 @@ class Standing:
         sources = [other for other in node.all_input_nodes if not _reads_sizes(other)]
         ways = self._way(sources, backwards=True), self._way(list(node.users), backwards=False)
         made = [other for other in self.nodes if node in self.sources(other) and self.sort(other) != "plain"]
-        calls = [other for way in ways for other in way.others if self._is_weighted_call(other)]
+        calls = [other for way in ways for other in way.others if self.is_weighted_call(other)]
         return [*ways[0].ends, *ways[1].ends, *made, *calls]
 
-    def _is_weighted_call(self, node: fx.Node) -> bool:
+    def is_weighted_call(self, node: fx.Node) -> bool:
+        """Whether it is a layer whose call is not affine."""
         row = TABLE.row(node, self.root)
         return node in self.region.inexact and row is not None and bool(row.modules) and "weight" in row.signature
 

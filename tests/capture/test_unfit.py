@@ -196,3 +196,45 @@ def test_a_part_that_writes_to_its_argument_is_left_alone() -> None:
     assert any("writes to its arguments" in refusal.reason for refusal in result.report.refusals) or any(
         "writes to its arguments" in note for note in result.report.notes
     )
+
+
+# A generator that is seeded anew in every call gives the same numbers in every call; no graph holds it.
+
+
+def seeds_a_new_one(s, x):
+    generator = torch.Generator().manual_seed(0)
+    return s.a(x) + torch.randn(4, 1, 1, generator=generator, dtype=torch.float64)
+
+
+def seeds_its_own(s, x):
+    s.generator.manual_seed(0)
+    return s.a(x) + torch.randn(x.shape, generator=s.generator, dtype=torch.float64)
+
+
+def seeds_and_fills(s, x):
+    s.generator.manual_seed(0)
+    return s.a(x) + torch.empty(4, 1, 1, dtype=torch.float64).normal_(generator=s.generator)
+
+
+def seeds_and_permutes(s, x):
+    s.generator.manual_seed(0)
+    return s.a(x)[:, torch.randperm(4, generator=s.generator)]
+
+
+def seeds_that_of_torch(s, x):
+    torch.manual_seed(0)
+    return s.a(x) + torch.randn(4, 1, 1, dtype=torch.float64)
+
+
+SEEDED: list[Forward] = [seeds_a_new_one, seeds_its_own, seeds_and_fills, seeds_and_permutes, seeds_that_of_torch]
+
+
+@pytest.mark.parametrize("capture", WAYS)
+@pytest.mark.parametrize("forward", SEEDED, ids=lambda f: f.__name__)
+def test_a_generator_that_is_seeded_in_every_call_is_refused(forward: Forward, capture: str) -> None:
+    model: Any = odd(forward)
+    model.generator = torch.Generator()
+    before = torch.get_rng_state()
+    with pytest.raises(CaptureError, match=r"draws random numbers in eval mode.* in Odd"):
+        fuse(model, image(), capture=capture, verify=False)
+    assert torch.equal(torch.get_rng_state(), before)
