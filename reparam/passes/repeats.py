@@ -34,10 +34,17 @@ _PURE = ("torch", "_operator", "builtins", "math")
 
 @dataclass(frozen=True)
 class Repeats:
-    """The pass. `affine`: whether affine operations whose readers are affine may become one, too."""
+    """The pass.
+
+    Attributes:
+        table: what is affine.
+        affine: whether affine operations whose readers are affine may become one, too.
+        only: names of the functions and methods that are looked at; None for all.
+    """
 
     table: LiftTable = TABLE
     affine: bool = True
+    only: frozenset[str] | None = None
     name = "repeats"
 
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
@@ -46,6 +53,8 @@ class Repeats:
         lifted: LiftedGraph | None = None
         first: dict[Hashable, fx.Node] = {}
         for node in list(graph.nodes):
+            if self.only is not None and _name(node) not in self.only:
+                continue
             key = _key(node, root)
             if key is None:
                 continue
@@ -65,6 +74,10 @@ class Repeats:
         return rewrites, []
 
 
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _key(node: fx.Node, root: nn.Module) -> Hashable:
     """Equal for nodes that compute the same; None for one that must stay."""
     if node.op in ("placeholder", "output") or node.target in CHECKS:
@@ -80,11 +93,10 @@ def _key(node: fx.Node, root: nn.Module) -> Hashable:
             return None
         target = id(module)
     elif node.op != "get_attr":
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
         home = (
             "torch" if isinstance(target, str) else (getattr(target, "__module__", None) or "torch").partition(".")[0]
         )
-        if home not in _PURE or any(word in name for word in _UNDEFINED) or node.is_impure():
+        if home not in _PURE or any(word in _name(node) for word in _UNDEFINED) or node.is_impure():
             return None
     try:
         key = (node.op, target, _frozen(node.args), _frozen(node.kwargs))

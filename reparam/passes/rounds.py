@@ -39,7 +39,9 @@ class Rounds:
             rewrites += made
             again, _ = self.moves.run(graph, root)
             if not again:
-                again, _ = self.scores.run(graph, root)
+                scored, _ = self.scores.run(graph, root)
+                again = [rewrite for rewrite in scored if rewrite.pass_name == self.scores.name]
+                rewrites += [rewrite for rewrite in scored if rewrite.pass_name != self.scores.name]
             if not again and self.maps is not None:
                 again, _ = self.maps.run(graph, root)
             rewrites += again

@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 
 from reparam.algebra import Inexact, from_scale_shift
+from reparam.checks import CHECKS
 from reparam.graph.emit import Layer, insert_layer, layer_for
 from reparam.graph.lift import LiftTable
 from reparam.graph.nodes import described, free_name, info, kind, pinned, place
@@ -33,6 +34,7 @@ from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
 from reparam.passes.join import shared_weights
+from reparam.passes.repeats import Repeats
 from reparam.passes.scaling import Scaling, Surroundings, only_reader
 
 _PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__")
@@ -52,7 +54,8 @@ class Scores:
 
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
         """Rewrites the graph in place."""
-        rewrites: list[Rewrite] = []
+        # Of one chain of views that is written twice, as the collapse may do, each seems to read all of the layer.
+        rewrites, _ = Repeats(self.table, only=_VIEWS).run(graph, root) if _scales(graph) else ([], [])
         surroundings = Surroundings(graph, root, self.table)
         shared: set[fx.Node] | None = None
         for node in list(graph.nodes):
@@ -84,6 +87,11 @@ class Scores:
             self.cost.of_node(node, root),
             Cost(),
         )
+
+
+def _scales(graph: fx.Graph) -> bool:
+    """Whether something is multiplied or divided at all."""
+    return any(word in _name(node) for node in graph.nodes for word in ("mul", "div", "neg", "multiply", "divide"))
 
 
 @dataclass(frozen=True)
@@ -135,9 +143,7 @@ def _ways(
 
 def _is_choice(node: fx.Node) -> bool:
     """Whether it takes a part of a tensor, or only reads its size."""
-    if size_read(node) is not None or shape_read(node) is not None:
-        return True
-    return node.op != "call_module" and _name(node) in _CHOICES
+    return _reads_sizes(node) or (node.op != "call_module" and _name(node) in _CHOICES)
 
 
 def _name(node: fx.Node) -> str:
@@ -228,7 +234,8 @@ def _rows_at(way: _Way, axis: int, known: dict[Atom, int], sizes: Sizes) -> torc
 
 
 def _reads_sizes(node: fx.Node) -> bool:
-    return size_read(node) is not None or shape_read(node) is not None
+    """Whether it only looks at a size, or at how many parts there are."""
+    return node.target in CHECKS or size_read(node) is not None or shape_read(node) is not None
 
 
 def _apply(plan: _Plan, run: Scaling, graph: fx.Graph, root: nn.Module) -> None:
