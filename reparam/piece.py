@@ -15,6 +15,7 @@ from reparam.graph.build import built
 from reparam.graph.count import count_operations
 from reparam.graph.draws import refuse_random
 from reparam.graph.emit import Constant
+from reparam.graph.nodes import attribute, pinned
 from reparam.graph.normal import normalise, restore_in_place
 from reparam.passes import Pass
 from reparam.passes.base import Refusal, Rewrite
@@ -49,11 +50,9 @@ def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece
         UnfitModelError: the result depends on random numbers that the graph draws.
     """
     graph, root = captured.graph, captured.root
-    for node in graph.find_nodes(op="get_attr"):
-        if "exact" in node.meta:
-            node.meta["float64"] = partial(Constant, node.meta.pop("exact"))
     with torch.no_grad():
         normalise(graph, root)
+        _round_literals(graph, root)
         refuse_random(graph, root, model)
         before = OperationCounts(**count_operations(graph, root))
         rewrites: list[Rewrite] = []
@@ -77,6 +76,17 @@ def _lay_out_as(module: nn.Module, model: nn.Module) -> None:
             for parameter in module.parameters():
                 if parameter.dim() == rank:
                     parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def _round_literals(graph: fx.Graph, root: nn.Module) -> None:
+    """Puts the exact values of literal tensors, rounded once, where those stand that the forward made step by step."""
+    for node in graph.find_nodes(op="get_attr"):
+        exact = node.meta.pop("exact", None)
+        if exact is None or pinned(node) is not None:
+            continue
+        value = attribute(root, str(node.target))
+        setattr(root, str(node.target), exact.to(value.dtype))
+        node.meta["float64"] = partial(Constant, exact)
 
 
 def under(path: str, changes: Sequence[Change]) -> tuple[Change, ...]:

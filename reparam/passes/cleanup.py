@@ -108,9 +108,9 @@ class _About:
 
     def has_sign(self, argument: Any) -> bool:
         """Whether a zero is a negative one, or one of several is."""
-        value = self.tensor(argument) if isinstance(argument, fx.Node) else torch.as_tensor(argument)
-        assert value is not None
-        return not value.is_complex() and bool(torch.signbit(value).any())
+        is_number = isinstance(argument, (int, float))
+        value = torch.as_tensor(argument) if is_number else self.tensor(argument)
+        return value is not None and not value.is_complex() and bool(torch.signbit(value).any())
 
 
 def _may_be_handed_out(source: fx.Node, node: fx.Node) -> bool:

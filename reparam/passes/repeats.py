@@ -92,6 +92,8 @@ def _key(node: fx.Node, root: nn.Module) -> Hashable:
         if not computes_the_same(module):
             return None
         target = id(module)
+    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and not _is_own(target):
+        return None
     elif node.op != "get_attr":
         home = (
             "torch" if isinstance(target, str) else (getattr(target, "__module__", None) or "torch").partition(".")[0]
@@ -104,6 +106,11 @@ def _key(node: fx.Node, root: nn.Module) -> Hashable:
     except TypeError:
         return None
     return key
+
+
+def _is_own(operator: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
+    """Whether an operator is torch's, and no user's, which may keep state."""
+    return str(operator).partition(".")[0] in ("aten", "prims")
 
 
 def _frozen(value: Any) -> Hashable:

@@ -29,6 +29,9 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "ramp": lambda m, x: torch.relu(m.a(x)) + torch.linspace(0, 1, 6),
     "sines": lambda m, x: torch.relu(m.a(x)) + torch.sin(torch.arange(6)),
     "sines_by_dtype": lambda m, x: torch.relu(m.a(x)) + torch.sin(torch.arange(6, dtype=torch.float32)),
+    "table": lambda m, x: (
+        torch.relu(m.a(x)) + torch.cat([(torch.arange(3) * torch.exp(-torch.arange(3) / 4.0)).sin(), torch.ones(3)])
+    ),
     "cast": lambda m, x: torch.relu(m.a(x)) * (torch.arange(1, 7).float() / 7),
     "in_place": lambda m, x: torch.relu(m.a(x)) * torch.ones(6).mul_(0.1),
     "beside_a_parameter": lambda m, x: torch.relu(m.a(x)) * (m.a.bias.sum() * torch.tensor(0.3)),

@@ -78,6 +78,7 @@ STAYS: dict[str, tuple[Forward, torch.Tensor, str]] = {
     "ones_that_broadcast": (lambda m, x: torch.sin(torch.cos(x) * m.ones), X, "mul"),
     "power_of_two": (lambda m, x: torch.sin(torch.cos(x) ** 2), X, "pow"),
     "contiguous": (lambda m, x: torch.sin(torch.cos(x).contiguous()), X, "contiguous"),
+    "minus_another": (lambda m, x: torch.sin(torch.cos(x) - torch.exp(x)), X, "sub"),
     "one_over": (lambda m, x: torch.sin(1 / (torch.cos(x) + 2)), X, "truediv"),
 }
 
@@ -156,6 +157,22 @@ def test_two_tensors_that_the_model_returns_stay_two() -> None:
     model = Lambda(lambda m, x: (torch.sin(x), torch.sin(x).view(-1))).eval()
     first, second = reparam.fuse(model, X).module(X)
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+
+
+def test_an_operator_of_the_users_own_is_called_as_often_as_before() -> None:
+    calls = []
+
+    @torch.library.custom_op("reparam_tests::counted", mutates_args=())
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x * 2
+
+    counted.register_fake(torch.empty_like)
+    model = Lambda(lambda m, x: torch.ops.reparam_tests.counted(x) * torch.ops.reparam_tests.counted(x).sin()).eval()
+    fused = reparam.fuse(model, X, verify=False).module
+    calls.clear()
+    assert torch.equal(model(X), fused(X))
+    assert len(calls) == 4
 
 
 def test_what_is_written_to_is_not_shared() -> None:
