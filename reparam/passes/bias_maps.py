@@ -5,7 +5,8 @@
 `B(c)` differs at the border from the interior, so it is no bias of a layer; but the linear parts merge. Everything
 affine in front of a tensor is taken without its shifts, and the shifts come back as one added constant, which is the
 value that the region has for zeros. It fixes the image size, so it is asked for, and checked in the fused model; and it
-is done only where layers become fewer for it and the cost model says that it is faster.
+is done only where layers become fewer for it and the cost model says that it is faster. Where a region also pools,
+flattens or resizes, it is done for what stands in front of that and behind it.
 """
 
 from __future__ import annotations
@@ -37,10 +38,33 @@ from reparam.passes.search import Search, merging_pays
 
 @dataclass(frozen=True)
 class _Unshifted:
-    """The layers of a region without its shifts, in order, and what they and the map cost."""
+    """The layers of a part of a region without its shifts.
+
+    Attributes:
+        plans: the layers, in order.
+        before, cost: what the region costs now, and what with them and the map.
+    """
 
     plans: list[Plan]
+    before: Cost
     cost: Cost
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Layers on images inside of a region.
+
+    Attributes:
+        end: the last of them.
+        cone: all of them.
+        ends: where regions end if this part is one by itself.
+        rest: the ends of what else the whole region is then made of.
+    """
+
+    end: fx.Node
+    cone: list[fx.Node]
+    ends: set[fx.Node]
+    rest: list[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -68,46 +92,43 @@ class BiasMaps:
         rewrites = []
         replaced: dict[fx.Node, fx.Node] = {}
         for end in sorted(search.ends, key=region.order.__getitem__):
-            cone = region.cone(end, set(search.ends))
-            found = self._better(end, cone, region, search, without)
-            if found is not None:
-                rewrites.append(self._rewrite(found, end, cone, search, root))
-                _check_sizes(cone, region, replaced, graph)
-                _write(end, cone, found.plans, _value_for_zeros(end, cone, region), replaced, graph, root)
+            for part in _parts(end, region, set(search.ends)):
+                found = self._better(part, end, search, without)
+                if found is not None:
+                    rewrites.append(self._rewrite(found, part, root))
+                    _check_sizes(part.cone, region, replaced, graph)
+                    exact = _value_for_zeros(part.end, part.cone, region)
+                    _write(part.end, part.cone, found.plans, exact, replaced, graph, root)
         eliminate_dead_code(graph)
         return rewrites
 
-    def _better(
-        self, end: fx.Node, cone: list[fx.Node], region: Region, search: Search, without: Search
-    ) -> _Unshifted | None:
-        """A region without its shifts, if that is cheaper with the map added."""
-        ends = set(search.ends)
-        tensor = info(end)
+    def _better(self, part: _Part, whole: fx.Node, search: Search, without: Search) -> _Unshifted | None:
+        """A part of the region that ends in `whole` without its shifts, if that is cheaper with the map added."""
+        tensor = info(part.end)
         assert tensor is not None
         size = tensor.dtype.itemsize * prod(tensor.shape[1:])
-        if len(cone) == 1 or len(tensor.shape) < 3 or size > self.most or not _on_images(cone, end, region):
+        if len(part.cone) == 1 or len(tensor.shape) < 3 or size > self.most:
             return None
-        before, linear = search.solved(end).cost, without.solved(end, ends)
+        before, linear = search.solved(whole).cost, without.solved(part.end, part.ends)
+        rest = sum((search.solved(node, part.ends).cost for node in part.rest), Cost())
         moved = tensor.dtype.itemsize * 2 * tensor.numel + size
-        after = linear.cost + self.cost.priced(0, moved, 1)
+        after = linear.cost + rest + self.cost.priced(0, moved, 1)
         model = self.cost
         if not (model.key(after) < model.key(before) and model.is_lean(after, before)):
             return None
         if not model.no_slower(after, before):
             return None
-        plans = _plans(linear.real, ends, without, self.cost)
-        return None if plans is None else _Unshifted(plans, after)
+        plans = _plans(linear.real, part.ends, without, self.cost)
+        return None if plans is None else _Unshifted(plans, before, after)
 
-    def _rewrite(
-        self, found: _Unshifted, end: fx.Node, cone: list[fx.Node], search: Search, root: nn.Module
-    ) -> Rewrite:
+    def _rewrite(self, found: _Unshifted, part: _Part, root: nn.Module) -> Rewrite:
         return Rewrite(
             self.name,
-            place(end),
-            tuple(described(node, root) for node in cone),
-            " + ".join([*(part.description for plan in found.plans for part in plan.parts), "a constant map"]),
+            place(part.end),
+            tuple(described(node, root) for node in part.cone),
+            " + ".join([*(layer.description for plan in found.plans for layer in plan.parts), "a constant map"]),
             "B(A(x) + c) = (BA)(x) + B(c), B(c) for this image size",
-            search.solved(end).cost,
+            found.before,
             found.cost,
         )
 
@@ -121,16 +142,32 @@ def _nothing_stays(graph: fx.Graph) -> Iterator[None]:
         node.meta["stays"] = why
 
 
-def _on_images(cone: list[fx.Node], end: fx.Node, region: Region) -> bool:
-    """Whether all of a region has its channels in axis 1, where a batch stands in front, and nobody else reads it."""
+def _parts(end: fx.Node, region: Region, ends: set[fx.Node]) -> Iterator[_Part]:
+    """The largest parts on images of the region that ends in `end`; mostly it is one itself."""
+    whole = region.cone(end, ends)
+    others = {node for node in whole if not _is_on_images(node, region)}
+    covered: set[fx.Node] = set()
+    for node in reversed(whole):
+        if node in others or node in covered:
+            continue
+        cone = region.cone(node, ends | others)
+        covered.update(cone)
+        if _is_read_elsewhere(cone, node, region):
+            continue
+        operands = {operand for part in cone for operand in region.affine[part].operands}
+        cut = (operands & others) | ({end} - {node})
+        yield _Part(node, cone, ends | operands & others | {node}, sorted(cut, key=region.order.__getitem__))
+
+
+def _is_on_images(node: fx.Node, region: Region) -> bool:
+    """Whether a node is a map of images: channels in axis 1, behind a batch."""
+    affine = region.affine[node]
+    return not isinstance(affine.lift, Carried) and (affine.axis, affine.operand_axis) == (1, 1)
+
+
+def _is_read_elsewhere(cone: list[fx.Node], end: fx.Node, region: Region) -> bool:
     inside = set(cone)
-    for node in cone:
-        affine = region.affine[node]
-        if isinstance(affine.lift, Carried) or (affine.axis, affine.operand_axis) != (1, 1):
-            return False
-        if node is not end and any(user not in inside for user in region.readers(node)):
-            return False
-    return True
+    return any(user not in inside for node in cone if node is not end for user in region.readers(node))
 
 
 def _plans(real: frozenset[fx.Node], ends: set[fx.Node], without: Search, model: CostModel) -> list[Plan] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -176,3 +177,97 @@ def test_a_region_whose_end_has_the_name_of_a_method() -> None:
     fixed = reparam.fuse(model, x, fixed_sizes=True)
     assert any(rewrite.pass_name == "bias maps" for rewrite in fixed.report.rewrites)
     assert relative_error(run(fixed.module, x), run(model, x)) < EXACT
+
+
+# What stands in front of a region's end, or at its beginning, and moves positions: the map is made between.
+
+
+def shifted(*behind: nn.Module, ahead: tuple[nn.Module, ...] = (), channels: int = 6) -> nn.Module:
+    """`3x3(1x1(BN(x)))` padded with zeros, and what is around it."""
+    layers = (bn(2, 4), conv(2, 4, 8, 1, bias=True), conv(2, 8, channels, 3, bias=True))
+    return nn.Sequential(*ahead, *layers, *behind)
+
+
+class Unflattened(nn.Module):
+    """Channels last, as a transformer's tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+AROUND: dict[str, Callable[[], nn.Module]] = {
+    "average_pool": lambda: shifted(nn.AvgPool2d(2), nn.ReLU()),
+    "global_pool": lambda: shifted(nn.AdaptiveAvgPool2d(1), nn.ReLU()),
+    "global_pool_and_head": lambda: shifted(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+    "flatten": lambda: shifted(nn.Flatten(), nn.ReLU()),
+    "flatten_and_head": lambda: shifted(nn.Flatten(), nn.Linear(6 * 11 * 14, 3)),
+    "tokens": lambda: shifted(Unflattened(), nn.Linear(6, 5), nn.ReLU()),
+    "nearest": lambda: shifted(nn.Upsample(scale_factor=2), nn.ReLU()),
+    "bilinear": lambda: shifted(nn.Upsample(scale_factor=2, mode="bilinear"), nn.ReLU()),
+    "shuffle": lambda: shifted(nn.PixelShuffle(2), nn.ReLU(), channels=8),
+    "max_pool": lambda: shifted(nn.MaxPool2d(2), nn.ReLU()),
+    "returned": lambda: shifted(nn.AvgPool2d(2)),
+    "pooled_before": lambda: shifted(nn.ReLU(), ahead=(nn.AvgPool2d(2),)),
+}
+# The collapse merges the pooling into a layer, or moves the 1x1 layer in front of the resizing, where it is cheaper.
+OTHERWISE: dict[str, Callable[[], nn.Module]] = {
+    "overlapping_pool": lambda: shifted(nn.AvgPool2d(3, 2, 1), nn.ReLU()),
+    "upsampled_before": lambda: shifted(nn.ReLU(), ahead=(nn.Upsample(scale_factor=2),)),
+    "resized_before": lambda: shifted(nn.ReLU(), ahead=(nn.Upsample(scale_factor=2, mode="bilinear"),)),
+    "both": lambda: shifted(nn.AvgPool2d(2), nn.ReLU(), ahead=(nn.Upsample(scale_factor=2),)),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_maps_beside_what_moves_positions(name: str) -> None:
+    model, x = made(AROUND[name], 2)
+    before = snapshot(model)
+    usual, fixed = reparam.fuse(model, x, verify=False), reparam.fuse(model, x, fixed_sizes=True)
+    assert any(rewrite.pass_name == "bias maps" for rewrite in fixed.report.rewrites)
+    assert static_counts(fixed.module)["conv"] < static_counts(usual.module)["conv"]
+    assert static_counts(fixed.module)["bn"] == 0
+    for batch in (1, 2, 3):
+        more = torch.randn(batch, *x.shape[1:], dtype=torch.float64)
+        assert relative_error(run(model, more), run(fixed.module, more)) < EXACT
+    with pytest.raises(OtherInputError):
+        fixed.module(F.pad(x, (0, 2, 0, 2)))
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_other_merges_beside_what_moves_positions_stay_exact(name: str) -> None:
+    model, x = made(OTHERWISE[name], 2)
+    usual, fixed = reparam.fuse(model, x, verify=False), reparam.fuse(model, x, fixed_sizes=True)
+    assert static_counts(fixed.module)["conv"] <= static_counts(usual.module)["conv"]
+    for batch in (1, 2, 3):
+        more = torch.randn(batch, *x.shape[1:], dtype=torch.float64)
+        assert relative_error(run(model, more), run(fixed.module, more)) < EXACT
+
+
+def test_branches_with_a_part_each() -> None:
+    """Two parts in one region: each is pooled, and the sum of both is read."""
+    parts = {"one": shifted(), "other": shifted()}
+    pooled = Lambda(
+        lambda m, x: F.relu(F.adaptive_avg_pool2d(m.one(x), (4, 4)) + F.adaptive_avg_pool2d(m.other(x.abs()), (4, 4))),
+        **parts,
+    )
+    model, x = made(lambda: pooled, 2)
+    fixed = reparam.fuse(model, x, fixed_sizes=True)
+    assert static_counts(fixed.module)["conv"] == 2
+    assert relative_error(run(model, x), run(fixed.module, x)) < EXACT
+
+
+def test_a_part_that_is_also_read_before_it_is_pooled() -> None:
+    parts = {"body": shifted()}
+    both = Lambda(lambda m, x: (lambda y: (F.avg_pool2d(y, 2), torch.sigmoid(y)))(m.body(x)), **parts)
+    model, x = made(lambda: both, 2)
+    fixed = reparam.fuse(model, x, fixed_sizes=True)
+    assert relative_error(run(model, x), run(fixed.module, x)) < EXACT
+
+
+def test_maps_are_the_same_when_fused_again() -> None:
+    model, x = made(AROUND["average_pool"], 2)
+    once = reparam.fuse(model, x, fixed_sizes=True).module
+    again = reparam.fuse(once, x, fixed_sizes=True)
+    assert static_counts(again.module) == static_counts(once)
+    assert relative_error(run(model, x), run(again.module, x)) < EXACT
