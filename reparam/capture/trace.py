@@ -162,6 +162,9 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
     notes = (
         captured.notes if before is None else (f"{_stopped(before)}; it was captured by torch.export", *captured.notes)
     )
+    if asked:
+        what, lines = _joined({f"{fact}s" for fact in asked}), ", ".join(dict.fromkeys(asked.values()))
+        notes += (f"the program is for the {what} of the example, as the forward asks for them ({lines})",)
     return replace(captured, how="export", name=name, notes=(*_mode_notes(model), *notes))
 
 

@@ -162,6 +162,10 @@ def dtype_and_size(s, x, mark):
     return s.a(x) * (2 if mark.dtype == torch.float32 and x.shape[2] > 4 else 1)
 
 
+def dtype_and_device(s, x, mark):
+    return s.a(x) * (2 if mark.dtype == torch.float32 and mark.device.type == "cpu" else 1)
+
+
 def device_type(s, x, mark):
     return s.a(x) * (2 if mark.device.type == "cpu" else 1)
 
@@ -368,6 +372,13 @@ def test_the_fused_model_agrees_or_stops(forward: Forward, example: Any, others:
             continue
         assert not isinstance(actual, Exception), actual
         assert relative_error(expected, actual) < EXACT
+
+
+def test_an_exported_program_says_for_what_it_is() -> None:
+    notes = fuse(odd(dtype_and_device), (X, MARK), verify=False, capture="export").report.notes
+    assert any("for the dtypes and devices of the example" in note and "test_facts.py:" in note for note in notes)
+    silent = fuse(odd(flipped), (X,), verify=False, capture="export").report.notes
+    assert not any("as the forward asks" in note for note in silent)
 
 
 @pytest.mark.parametrize("capture", ["symbolic", "export"])
