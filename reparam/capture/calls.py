@@ -84,10 +84,20 @@ def traced_calls(tracer: Any, root: nn.Module) -> Iterator[None]:
                     stack.enter_context(mock.patch.object(owner, name, stand_in))
         for patch in _elsewhere(stand_ins, root):
             stack.enter_context(patch)
+        stack.enter_context(mock.patch.object(torch.autocast, "__init__", _autocast_of(torch.autocast.__init__)))
         for name in (*_METHODS, "pow", "remainder", "bitwise_and", "clamp", "where", "float_power"):
             method = getattr(torch.Tensor, name)
             stack.enter_context(mock.patch.object(torch.Tensor, name, _traced(tracer, "call_method", name, method)))
         yield
+
+
+def _autocast_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.autocast(x.device.type, enabled=False)` changes nothing on any device, so it may be told the example's."""
+
+    def init(self: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, device_type.reparam_value if _is_proxy(device_type) else device_type, *args, **kwargs)
+
+    return init
 
 
 def _elsewhere(stand_ins: Mapping[int, Callable[..., Any]], root: nn.Module) -> Iterator[Any]:

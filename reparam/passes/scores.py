@@ -136,7 +136,9 @@ def _ways(
         source = value.args[0] if value.args else None
         if name not in _VIEWS | _CHOICES or value.op == "call_module" or not isinstance(source, fx.Node):
             return
-        if only_reader(value) is not reader and not all(user is reader or _is_choice(user) for user in value.users):
+        # What else is chosen further up is held against the rows that are scaled; what is scaled itself is read once.
+        harmless = _is_choice if chain else _reads_sizes
+        if only_reader(value) is not reader and not all(user is reader or harmless(user) for user in value.users):
             return
         value, reader, chain = source, value, (value, *chain)
 

@@ -54,3 +54,20 @@ def test_a_crash_would_end_the_process(tmp_path: Path) -> None:
     path = {"PYTHONPATH": f"{tmp_path}:{root}"}
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=path)
     assert finished.returncode == 0, finished.stderr
+
+
+class Disabled(nn.Module):
+    """Switches automatic casts off, for the device that its input is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.norm(self.conv(x)).relu()  # type: ignore[no-any-return]
+
+
+def test_autocast_that_is_off_on_the_input_s_device() -> None:
+    result = reparam.fuse(Disabled().eval(), torch.randn(2, 3, 4, 4))
+    assert (result.report.capture, result.report.after.batch_norms) == ("symbolic", 0)

@@ -176,3 +176,30 @@ def test_weights_of_a_norm_in_front_of_padding_or_a_sum_stay() -> None:
         result = reparam.fuse(original, x, objective="parameters")
         assert norm_weights(result.module) > 0
         assert relative_error(original(x), result.module(x)) < 1e-13
+
+
+def read_twice(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """The query also goes another way, by a part of it, as where a position encoding is made of it."""
+    q, k, v = joint(m, x).unbind(0)
+    attended = q @ (k.softmax(-2).transpose(-2, -1) @ v)
+    return SCALE * attended + F.pad(q[:, :, 1:, :].sigmoid(), (0, 0, 1, 0))
+
+
+def measured_and_read(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """The query's size is asked for besides: that is no other reader."""
+    q, k, v = joint(m, x).unbind(0)
+    return ((q @ k.transpose(-2, -1)) * SCALE).softmax(-1) @ v + q.shape[-2]
+
+
+def test_a_tensor_that_is_read_in_another_way_too_is_not_scaled() -> None:
+    original = model(read_twice)
+    fused = reparam.fuse(original, TOKENS.double())
+    assert relative_error(original(TOKENS.double()), fused.module(TOKENS.double())) < 1e-12
+    assert static_counts(fused.module)["mul"] == 1
+
+
+def test_a_size_that_is_read_is_no_reader() -> None:
+    original = model(measured_and_read)
+    fused = reparam.fuse(original, TOKENS.double())
+    assert relative_error(original(TOKENS.double()), fused.module(TOKENS.double())) < 1e-12
+    assert static_counts(fused.module)["mul"] == 0
