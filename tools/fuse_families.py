@@ -1,6 +1,6 @@
 """Fuses the smallest model of every family of timm, and checks it in float64, in float32 and in onnxruntime.
 
-    python tools/fuse_families.py [--models REGEX] [--jobs 2] [--limit 900] [--again failed]
+    python tools/fuse_families.py [--models REGEX] [--jobs 2] [--limit 900] [--again failed] [--keep-older]
 
 A family is a source file of timm; its smallest model is the one with the fewest parameters. Weights are random (also
 those that timm starts at a constant, as a layer scale of 1e-6 would hide its whole block), BatchNorms calibrated,
@@ -12,7 +12,8 @@ images as small as 64 x 64 where the model takes them. Asked of each model:
 * leftovers: neither the fused graph nor the file holds a dropout, an identity or a random number.
 
 Results go to `tools/results/families.json` and `.md`: a run that was stopped goes on where it was, unless the engine
-has changed since. Exit status 1 if a model fails in any of these.
+has changed since. With `--keep-older` rows of an older engine stay, and the table says which engine each row is of.
+Exit status 1 if a model fails in any of these.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Row(sweep.ModelRow):
         fuse_seconds: of the float32 stage, without its verification.
         seconds: by stage.
         failures: by stage, one line each.
+        engine: revision of reparam, where it is not that of the whole table.
     """
 
     parameters: int = 0
@@ -96,6 +98,7 @@ class Row(sweep.ModelRow):
     fuse_seconds: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
+    engine: str = ""
 
     @property
     def exact(self) -> bool:
@@ -276,6 +279,7 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         f"`python tools/fuse_families.py`, torch {facts['torch']}, timm {facts['timm']}, "
         f"reparam at {facts['reparam']}.",
         "",
+        *_engines(rows),
         *_totals(rows, len(facts["smallest"])),
         "",
         "Counts are before → after; operations are nodes of the graph. float32 and ONNX: error of the fused model / "
@@ -294,6 +298,13 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
             noise = f" (noise {_short(row.float32_noise)})"
             lines += [f"- {row.family}, {row.model}, {stage}: {why}{noise}" for stage, why in row.failures.items()]
     return "\n".join(lines) + "\n"
+
+
+def _engines(rows: Sequence[Row]) -> list[str]:
+    """Which rows are of an older engine."""
+    older = {row.engine: [other.model for other in rows if other.engine == row.engine] for row in rows if row.engine}
+    said = [f"{len(models)} rows are of {engine}" for engine, models in older.items()]
+    return [f"Not measured again since: {'; '.join(said)} (marked †).", ""] if said else []
 
 
 def _totals(rows: Sequence[Row], families: int) -> list[str]:
@@ -324,7 +335,18 @@ def _table_line(row: Row) -> str:
     float64 = _short(row.float64_error) + ("" if row.exact else " ✗")
     float32 = _figures(row.float32_passed, row.float32_error, row.float32_noise)
     onnx = _figures(row.onnx_passed, row.onnx_error, row.onnx_noise) + ("*" if row.onnx_notes else "")
-    cells = [row.family, row.model, row.image, row.way, *counts, row.rewrites, row.refusals, float64, float32, onnx]
+    cells = [
+        row.family,
+        row.model + ("†" if row.engine else ""),
+        row.image,
+        row.way,
+        *counts,
+        row.rewrites,
+        row.refusals,
+        float64,
+        float32,
+        onnx,
+    ]
     return f"| {' | '.join(map(str, cells))} | {sum(row.seconds.values()):.0f} |"
 
 
@@ -336,9 +358,14 @@ def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}"
 
 
-def load(version: str) -> dict[str, Row]:
-    """The rows of an earlier run of the same engine."""
-    return sweep.load_rows(OUT / "families.json", version, Row)
+def load(version: str, older: bool = False) -> dict[str, Row]:
+    """The rows of an earlier run of the same engine; with `older` also those of another one, which they then name."""
+    path = OUT / "families.json"
+    if not older or not path.exists():
+        return sweep.load_rows(path, version, Row)
+    held = json.loads(path.read_text())["reparam"]
+    rows = sweep.load_rows(path, held, Row)
+    return rows if held == version else {name: replace(row, engine=row.engine or held) for name, row in rows.items()}
 
 
 def save(rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:
@@ -351,6 +378,7 @@ def save(rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = sweep.arguments(__doc__)
     parser.add_argument("--limit", type=float, metavar="SECONDS", default=LIMIT, help="for one model")
+    parser.add_argument("--keep-older", action="store_true", help="keep rows of an older engine, and say so")
     return parser.parse_args()
 
 
@@ -360,7 +388,7 @@ def main() -> int:
     timm_version = timm_zoo.import_timm().__version__
     found = chosen(timm_version)
     facts = {"reparam": engine_revision(), "torch": torch.__version__, "timm": timm_version, "smallest": found}
-    rows = sweep.kept(load(facts["reparam"]), args)
+    rows = sweep.kept(load(facts["reparam"], args.keep_older), args)
     names = sweep.missing([one["model"] for one in found], rows, args)
     made = sweep.each(measured, names, args.jobs, args.limit, lost)
     return sweep.run(made, len(names), rows, lambda held: save(held, facts), 1)

@@ -32,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,18 @@ def run(runtime: str, threads: int, args: argparse.Namespace) -> Result:
     return Result(runtime, threads, load_before, machine, errors, by_layer, tuple(ranked))
 
 
+@cache
+def all_priced_pairs() -> dict[str, tuple[Priced, Priced]]:
+    """Every pair, priced."""
+    return priced_pairs(pairs())
+
+
+@cache
+def all_priced_layers() -> dict[str, Priced]:
+    """Every probe's layer by its name, priced."""
+    return {layer_name(probe): Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()}
+
+
 def priced_pairs(found: Iterable[Pair]) -> dict[str, tuple[Priced, Priced]]:
     """Both sides of each pair, by its name."""
     return {
@@ -302,8 +315,7 @@ def repriced(results: Iterable[Result]) -> list[Result]:
     Layers and pairs that `cost_probes.py` no longer has cannot be priced: they are dropped, and with the last of either
     the result.
     """
-    sides = priced_pairs(pairs())
-    layers = {layer_name(probe): Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()}
+    sides, layers = all_priced_pairs(), all_priced_layers()
     new = []
     for result in results:
         machine = MACHINES[NAMES[result.runtime]]
@@ -320,8 +332,7 @@ def repriced(results: Iterable[Result]) -> list[Result]:
 
 def refitted(results: Iterable[Result], names: Sequence[str]) -> list[Result]:
     """The results with the constants in `names` fitted again; those that lack a constant or a layer stay."""
-    sides = priced_pairs(pairs())
-    layers = {layer_name(probe): Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()}
+    sides, layers = all_priced_pairs(), all_priced_layers()
     new = []
     for result in results:
         if any(math.isnan(getattr(result.machine, name)) for name in CONSTANTS) or not set(result.layers) <= set(

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from reparam.passes.machines import CUDA, EAGER_CPU, MACHINES, Machine
-from tools.cost_probes import pairs, probes
 from tools.cost_table import NAMES, Ranked, as_python, load, markdown, save, score
-from tools.measure_costs import ROOT, Priced, fit, priced_pairs, ratio, refitted, repeated, repriced
+from tools.measure_costs import ROOT, Priced, all_priced_layers, all_priced_pairs, fit, ratio, refitted, repriced
 
 FACTS, RESULTS = load(ROOT / "tools" / "results")
 PASTED = [result for result in RESULTS if result.threads == 1]
@@ -21,7 +20,7 @@ PASTED = [result for result in RESULTS if result.threads == 1]
 
 @pytest.fixture(scope="module")
 def layers() -> list[Priced]:
-    return [Priced(repeated(probe.make, 1, relu=False), probe.shape) for probe in probes()]
+    return list(all_priced_layers().values())
 
 
 TRUE = [EAGER_CPU, Machine(1e-6, 0.0, 0.0, 4e10, 1e10, 5e9, 2e8, 3e9, 2e10, 3e10, block=4, pads_apart=False)]
@@ -62,7 +61,7 @@ def test_fitting_again_to_the_measured_layers_changes_nothing() -> None:
 
 
 def test_the_table_is_that_of_the_constants() -> None:
-    sides = priced_pairs(pairs())
+    sides = all_priced_pairs()
     for result in RESULTS:
         machine = MACHINES[NAMES[result.runtime]]
         for one in result.ranked:
@@ -79,7 +78,7 @@ def test_most_pairs_are_ranked_as_the_clock_does() -> None:
 
 def test_a_worse_machine_ranks_worse() -> None:
     """The score can fall: on a machine where only launches cost, the pairs that trade work for launches are wrong."""
-    sides = priced_pairs(pairs())
+    sides = all_priced_pairs()
     launches = Machine(1.0, 0.0, 0.0, *(1e30,) * 7)
     for result in PASTED:
         worse = replace(
