@@ -4,7 +4,7 @@
 
 Files are mutated as a whole (bytes changed, cut, doubled, inserted) and, for archives, inside: the text and the pickles
 in them are changed while the archive around stays whole. A round may end in a model or in one sentence; anything else
-(another exception, a dead process, a file that appears, more than a few seconds) is a fault and is printed with its
+(another exception, a dead process, a file that appears, more than a minute) is a fault and is printed with its
 round, which is repeated by `--seed ROUND --count 1`. Exit status 1 if there was a fault.
 """
 
@@ -36,7 +36,7 @@ from torch import nn  # noqa: E402
 
 from tools.record import engine_revision, first_line, write  # noqa: E402
 
-SLOW = 10.0
+SLOW = 60.0
 """Seconds after which a round is a fault."""
 MEMORY = 8 << 30
 """Bytes of address space that loading may take, the interpreter included."""
@@ -185,7 +185,7 @@ def outcomes(count: int, seed: int) -> Iterator[tuple[int, Outcome]]:
         with ProcessPoolExecutor(1, initializer=_limited) as pool:
             try:
                 while at is not None:
-                    yield at, pool.submit(tried, at).result(timeout=6 * SLOW)
+                    yield at, pool.submit(tried, at).result(timeout=4 * SLOW)
                     at = next(rounds, None)
             except (BrokenProcessPool, TimeoutError) as error:
                 for process in (pool._processes or {}).values():
