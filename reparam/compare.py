@@ -113,5 +113,5 @@ def _for_file(source: Source, path: str) -> Source:
 
 
 def _label(path: str, taken: dict[str, Any]) -> str:
-    name = Path(path).name
-    return name if name not in taken else path
+    names = (Path(path).name, path, *(f"{path} ({number})" for number in range(2, len(taken) + 2)))
+    return next(name for name in names if name not in taken)

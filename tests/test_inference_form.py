@@ -363,3 +363,8 @@ def assert_nothing_idle(module: Any) -> None:
             name = type(module.get_submodule(node.target)).__name__
         words = ("drop", "rand", "bernoulli", "stochastic", "identity", "noise")
         assert not any(word in name.lower() for word in words), name
+
+
+def test_a_wrong_name_in_a_model_of_torch_s_own_layers_ends_in_what_to_do() -> None:
+    with pytest.raises(InputError, match=r"no class of that name; name one of its named_modules\(\)$"):
+        fuse(nn.Sequential(nn.Conv2d(4, 4, 1)).double(), image(), inference_form={"Xyzzy": "identity"})

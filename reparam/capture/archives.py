@@ -81,12 +81,21 @@ def as_plain(module: fx.GraphModule) -> fx.GraphModule:
     return plain
 
 
-def _audit(path: Path) -> None:
+def opened(path: Path) -> tuple[Any, list[str]]:
+    """The archive at `path` as torch's own reader sees it, and the names of its entries.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         reader = torch._C.PyTorchFileReader(str(path))
-        names = list(reader.get_all_records())
+        return reader, list(reader.get_all_records())
     except RuntimeError as error:
         raise InputError(f"{path} is a damaged archive ({first_line(error)}); copy or download it again") from None
+
+
+def _audit(path: Path) -> None:
+    reader, names = opened(path)
     for name in names:
         if name.startswith("data/aotinductor/"):
             raise UnsafeError("holds a compiled library")

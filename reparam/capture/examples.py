@@ -94,7 +94,7 @@ def example_inputs(
         shape = default_input_size(model)
         if shape is None:
             raise InputError(
-                f"the input size of {type(model).__name__} is not known; give it with --input, as in 1x3x224x224"
+                f"the input size of {_name_of(model)} is not known; give it with --input, as in 1x3x224x224"
             )
         parsed = (InputSpec(shape),)
     generator = torch.Generator().manual_seed(seed)
@@ -103,6 +103,10 @@ def example_inputs(
     tensors = [(spec.name, _draw(spec, model, generator).to(device)) for spec in parsed]
     args = tuple(tensor for name, tensor in tensors if name is None)
     return Inputs(args, {name: tensor for name, tensor in tensors if name is not None}), parsed
+
+
+def _name_of(model: nn.Module) -> str:
+    return str(model.original_name) if isinstance(model, torch.jit.ScriptModule) else type(model).__name__
 
 
 def _adapted(example: Inputs, model: nn.Module) -> tuple[Inputs, tuple[InputSpec, ...]]:

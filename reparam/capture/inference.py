@@ -166,10 +166,11 @@ def _require_all_known(model: nn.Module, forms: Mapping[Name, Form], found: list
         inside = [one for one in known if wanted.lower() in one.lower() and one not in near]
         near = (near + inside)[:_NEAR]
         classes = sorted({cls.__name__ for cls in present if not cls.__module__.startswith("torch.nn.")})[:_NEAR]
-        raise InputError(
-            f"inference_form names {wanted}, and {type(model).__name__} has no module and no class of that name; "
-            + (f"near it are {', '.join(near)}" if near else f"its own classes are {', '.join(classes)}")
-        )
+        instead = f"near it are {', '.join(near)}" if near else f"its own classes are {', '.join(classes)}"
+        if not (near or classes):
+            instead = "name one of its named_modules()"
+        missing = f"{type(model).__name__} has no module and no class of that name"
+        raise InputError(f"inference_form names {wanted}, and {missing}; {instead}")
 
 
 def _replacement(original: nn.Module, form: Form, path: str) -> nn.Module:

@@ -52,7 +52,24 @@ class UnfitError(Exception):
     """The model does something that no graph can hold; the message says what, and what to do instead."""
 
 
-class ValueProxy(fx.Proxy):
+class _Readable:
+    """A number made of sizes that is hashed or written out decides something: its value is asked for, and checked."""
+
+    def __hash__(self) -> int:
+        return hash(self._number_or_text()) if _is_number(self) else id(self)
+
+    def __str__(self) -> str:
+        return str(self._number_or_text())
+
+    def __format__(self, specification: str) -> str:
+        return format(self._number_or_text(), specification)
+
+    def _number_or_text(self) -> Any:
+        proxy: Any = self
+        return proxy.tracer.number(proxy) if _is_number(proxy) else repr(proxy)
+
+
+class ValueProxy(_Readable, fx.Proxy):
     """Proxy with the value that the example inputs give it.
 
     Attributes:
@@ -120,15 +137,6 @@ class ValueProxy(fx.Proxy):
             self.tracer.check_length(self)
         return len(value)
 
-    def __hash__(self) -> int:
-        return _hash(self)
-
-    def __str__(self) -> str:
-        return _text(self)
-
-    def __format__(self, specification: str) -> str:
-        return format(_number_or_text(self), specification)
-
     def __int__(self) -> int:
         return int(self.tracer.number(self))
 
@@ -145,7 +153,7 @@ class ValueProxy(fx.Proxy):
         return self // other, self % other
 
 
-class ValueAttribute(fx.proxy.Attribute):
+class ValueAttribute(_Readable, fx.proxy.Attribute):
     """Attribute of a value proxy: a call of a method, or a read that becomes a node when it is used."""
 
     tracer: Any
@@ -211,34 +219,10 @@ class ValueAttribute(fx.proxy.Attribute):
         root: Any = self.root
         return (self.attr in _FACTS and _is_tensor(root)) or (issubclass(type(root), ValueAttribute) and root.is_fact())
 
-    __eq__ = fx.proxy.Attribute.__eq__
-
-    def __hash__(self) -> int:
-        return _hash(self)
-
-    def __str__(self) -> str:
-        return _text(self)
-
-    def __format__(self, specification: str) -> str:
-        return format(_number_or_text(self), specification)
-
 
 def _is_number(proxy: Any) -> bool:
     """Whether it may become a Python value: it depends on no activation, and is none."""
     return bool(proxy.reparam_of_sizes or proxy.reparam_constant) and not _is_tensor(proxy)
-
-
-def _hash(proxy: Any) -> int:
-    """That of the value where it stands for a key: in a dict of what goes with which size."""
-    return hash(proxy.tracer.number(proxy)) if _is_number(proxy) else id(proxy)
-
-
-def _number_or_text(proxy: Any) -> Any:
-    return proxy.tracer.number(proxy) if _is_number(proxy) else repr(proxy)
-
-
-def _text(proxy: Any) -> str:
-    return str(_number_or_text(proxy))
 
 
 def is_argument(proxy: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from reparam.capture.agreement import same_answers
-from reparam.capture.archives import as_plain
+from reparam.capture.archives import as_plain, opened
 from reparam.capture.exported import graph_module, of_two
 from reparam.errors import CaptureError, InputError
 from reparam.inputs import Inputs
@@ -112,12 +112,7 @@ def _no_graph(why: str) -> str:
 
 
 def _audit(path: Path) -> None:
-    reader: Any
-    try:
-        reader = torch._C.PyTorchFileReader(str(path))
-        names = list(reader.get_all_records())
-    except RuntimeError as error:
-        raise InputError(f"{path} is a damaged archive ({_telling(error)}); copy or download it again") from None
+    reader, names = opened(path)
     for name in names:
         if not _ENTRIES.fullmatch(name):
             raise InputError(f"{path} has the entry {name[:80]!r}, {_REMEDY}")

@@ -214,3 +214,8 @@ def test_nan_in_an_archive_is_found(tmp_path: Path) -> None:
         model.body[0].weight[0] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         reparam.load(archived(tmp_path, model, (image(2, 3, 12, 12),), None))
+
+
+def test_a_compiled_model_without_input_is_called_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="input size of Plain is not known"):
+        example_inputs(reparam.load(scripted(tmp_path, ready(Plain()))))

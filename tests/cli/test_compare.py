@@ -117,6 +117,12 @@ def test_every_format_is_measured(files: dict[str, Path]) -> None:
     assert "against model.pt" in table
 
 
+def test_a_file_given_again_is_measured_again(files: dict[str, Path]) -> None:
+    path = files["model.pt"]
+    result = invoke("bench", path, path, path, path, *INPUT, "--json", "--seconds", 0)
+    assert list(json.loads(result.stdout)["samples"]) == ["model.pt", str(path), f"{path} (2)", f"{path} (3)"]
+
+
 def test_the_pytorch_model_tells_the_inputs_wherever_it_stands(files: dict[str, Path]) -> None:
     result = invoke("bench", files["model.onnx"], files["model.pt2"], "--json", "--seconds", 0)
     assert list(json.loads(result.stdout)["samples"]) == ["model.onnx", "model.pt2"]
