@@ -1,7 +1,12 @@
 """Values of the graph that depend on parameters, buffers and literals only.
 
 They are evaluated on demand and in float64, because they feed weights that are combined in float64. A cast to the
-model's own precision is none then. One to less than that is meant to round, so what it makes is left to run time.
+model's own precision is none then. One to less than that is meant to round, so what is
+computed in less precision is left to run time.
+
+`mean.to(x.dtype)`, `torch.arange(8, device=x.device)`: what `x` holds does not matter. Its device is that of the model,
+and its dtype that of the model's weights, where a layer with weights has made it or is going to read it: on any other
+one the original fails, or converts.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +27,14 @@ from reparam.graph.normal import mutated
 
 _CASTS = ("float", "double", "half", "bfloat16")
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential", "empty", "uniform")
+_NEW = ("new_tensor", "new_full", "new_zeros", "new_ones")
+_FILLED = (torch.arange, torch.full, torch.zeros, torch.ones, torch.eye, torch.linspace, torch.tensor)
+_EXACT = set(
+    "full zeros ones eye triu tril masked_fill where getitem view reshape flatten expand repeat squeeze unsqueeze "
+    "transpose permute cat stack".split()
+)
+"""What only moves numbers about, or makes them of literals."""
+_LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 class Constants:
@@ -51,7 +65,7 @@ class Constants:
         pending = [argument]
         while pending:
             node = pending[-1]
-            missing = [other for other in node.all_input_nodes if other not in self._values]
+            missing = [other for other in self._operands(node) if other not in self._values]
             if node in self._values or not missing:
                 pending.pop()
                 if node not in self._values:
@@ -67,22 +81,61 @@ class Constants:
             return False
         if node.op == "call_module" and not (self._layers and computes_the_same(module_of(node, self._root))):
             return False
-        if not node.all_input_nodes or any(other not in self._constant for other in node.all_input_nodes):
+        if any(other not in self._constant for other in self._operands(node)):
+            return False
+        if not node.all_input_nodes and not _is_filled(node):
             return False
         if self._rounds(node):
             return False
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return not any(word in name for word in _RANDOM) and node.target is not operator.setitem
+        return not any(word in _name(node) for word in _RANDOM) and node.target is not operator.setitem
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose values a node needs: not those of which it only asks for the dtype and the device."""
+        like = self._like(node)
+        return [other for other in node.all_input_nodes if other is not like]
+
+    def _like(self, node: fx.Node) -> fx.Node | None:
+        """The tensor whose dtype or device a node asks for, if that is the model's own."""
+        other = None
+        if node.target is getattr and node.args[1] in ("device", "dtype"):
+            other = node.args[0]
+        elif node.op == "call_method" and node.target in ("to", "type_as") and len(node.args) == 2:
+            other = node.args[1]
+        elif node.op == "call_method" and node.target in _NEW:
+            other = node.args[0]
+        if not isinstance(other, fx.Node) or other in self._constant or info(other) is None or node.kwargs.get("other"):
+            return None
+        if other in (*node.args[1:], *node.kwargs.values()) and node.args[0] is other:
+            return None
+        asks_device_only = node.target is getattr and node.args[1] == "device"
+        return other if asks_device_only or self._has_own_dtype(other) else None
+
+    def _has_own_dtype(self, node: fx.Node) -> bool:
+        """Whether a tensor has the dtype of the model's weights for every input that the model takes."""
+        if _eps(node) != self._precision:
+            return False
+        return any(map(self._has_weights, _reached(node, lambda one: one.all_input_nodes))) or any(
+            map(self._has_weights, _reached(node, lambda one: one.users))
+        )
+
+    def _has_weights(self, node: fx.Node) -> bool:
+        module = module_of(node, self._root)
+        if module is not None:
+            return any(_eps_of(parameter.dtype) == self._precision for parameter in module.parameters())
+        name = getattr(node.target, "__name__", "")
+        weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else node.kwargs.get("weight")
+        return name in _LAYERS and isinstance(weight, fx.Node) and _eps(weight) == self._precision
 
     def _rounds(self, node: fx.Node) -> bool:
-        """Whether the node casts to less precision than the model has."""
-        eps = _eps(node)
-        return eps > self._precision and any(0 < _eps(other) < eps for other in node.all_input_nodes)
+        """Whether the node computes in less precision than the model has, and so rounds."""
+        return _eps(node) > self._precision and _name(node) not in _EXACT
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             return _doubled(_unrounded(node, attribute(self._root, str(node.target))))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: self._values[other])
+        like = self._like(node)
+        values = self._values if like is None else {**self._values, like: _stand_in(like)}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
         if node.op == "call_method" and node.target in _CASTS:
             return _doubled(args[0])
         args, kwargs = pytree.tree_map_only(torch.dtype, _widened, (args, kwargs))
@@ -93,7 +146,36 @@ class Constants:
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(value, torch.Tensor) and _eps(node) > self._precision:
+            value = value.to(info(node).dtype)  # type: ignore[union-attr]
         return pytree.tree_map_only(torch.Tensor, _doubled, value)
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _is_filled(node: fx.Node) -> bool:
+    """Whether a call makes a tensor of literals alone."""
+    return node.op == "call_function" and node.target in _FILLED
+
+
+def _reached(node: fx.Node, next_of: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """All nodes that can be reached from one, itself apart."""
+    pending, seen = [node], {node}
+    while pending:
+        for other in next_of(pending.pop()):
+            if other not in seen:
+                seen.add(other)
+                pending.append(other)
+                yield other
+
+
+def _stand_in(like: fx.Node) -> torch.Tensor:
+    """Something of the dtype and device of a tensor of which no more is asked; it has no elements."""
+    tensor = info(like)
+    assert tensor is not None
+    return torch.empty(0, dtype=_widened(tensor.dtype), device=tensor.device)
 
 
 def computes_the_same(module: nn.Module | None) -> bool:
@@ -123,7 +205,11 @@ def _precision_of(root: nn.Module) -> float:
 
 def _eps(node: fx.Node) -> float:
     tensor = info(node)
-    return torch.finfo(tensor.dtype).eps if tensor is not None and tensor.dtype.is_floating_point else 0.0
+    return 0.0 if tensor is None else _eps_of(tensor.dtype)
+
+
+def _eps_of(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:

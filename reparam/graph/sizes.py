@@ -127,7 +127,7 @@ def size_read(node: fx.Node) -> Atom | None:
     if node.op == "call_method" and node.target == "size" and (len(node.args) == 2 or "dim" in node.kwargs):
         tensor, axis = node.args[0], node.args[1] if len(node.args) == 2 else node.kwargs["dim"]
     elif node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        read, axes = _axes_read(node.args[0])
+        read, axes = axes_read(node.args[0])
         if read is None or type(node.args[1]) is not int or not -len(axes) <= node.args[1] < len(axes):
             return None
         tensor, axis = read, axes[node.args[1]]
@@ -147,8 +147,8 @@ def shape_read(node: fx.Node) -> fx.Node | None:
     return node.args[0] if reads and isinstance(node.args[0], fx.Node) else None
 
 
-def _axes_read(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
-    """The tensor some of whose sizes a node reads, and the axes (`x.shape`, `x.shape[:2]`)."""
+def axes_read(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
+    """The tensor some of whose sizes a node reads together, and the axes (`x.shape`, `x.shape[:2]`)."""
     whole = shape_read(node)
     if whole is not None:
         tensor = info(whole)
@@ -156,7 +156,7 @@ def _axes_read(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
     if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         part = node.args[1]
         if isinstance(part, slice) and shape_read(node.args[0]) is not None:
-            tensor_read, axes = _axes_read(node.args[0])
+            tensor_read, axes = axes_read(node.args[0])
             if all(value is None or type(value) is int for value in (part.start, part.stop, part.step)):
                 return tensor_read, axes[part]
     return None, []
@@ -219,7 +219,7 @@ def read_elsewhere(graph: fx.Graph, sizes: Sizes, affine: Callable[[fx.Node], bo
             if size not in holders or (stays and not holders[size][0]):
                 holders[size] = (bool(stays), other, axis)
     for other in reversed(list(graph.nodes)):
-        if not other.users and other.op != "output" and _axes_read(other)[0] is not None:
+        if not other.users and other.op != "output" and axes_read(other)[0] is not None:
             graph.erase_node(other)
 
 
@@ -227,7 +227,7 @@ def _stays(node: fx.Node, affine: Callable[[fx.Node], bool]) -> bool | None:
     """Whether a tensor exists in any case; None if it is one that a single operation reads, which may well go."""
     if not affine(node):
         return True
-    readers = [user for user in node.users if size_read(user) is None and _axes_read(user)[0] is None]
+    readers = [user for user in node.users if size_read(user) is None and axes_read(user)[0] is None]
     if any(not affine(user) for user in readers):
         return True
     return False if len(readers) > 1 else None

@@ -13,6 +13,7 @@ from reparam.passes.cleanup import Cleanup
 from reparam.passes.collapse import Collapse
 from reparam.passes.constant_folding import ConstantFolding
 from reparam.passes.cost import CostModel
+from reparam.passes.fixed_sizes import FixedSizes
 from reparam.passes.inference_form import InferenceForm
 from reparam.passes.join import Join
 from reparam.passes.norm_weights import NormWeights
@@ -38,6 +39,7 @@ def pipeline(
     With `fixed_sizes` the graph needs to hold for the sizes of the example only, the batch apart.
     """
     return (
+        *((FixedSizes(),) if fixed_sizes else ()),  # before all that asks what is constant
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
         Cleanup(final=False),  # so does an operation that returns what it reads
         Repeats(affine=False),  # two tensors that are one: their readers are neighbours then

@@ -19,7 +19,6 @@ from math import prod
 import torch
 from torch import fx, nn
 
-from reparam.checks import require_sizes
 from reparam.graph.constants import Constants
 from reparam.graph.emit import Constant, insert_constant
 from reparam.graph.lift import Carried, Concatenated, LiftTable, Sliced
@@ -30,6 +29,7 @@ from reparam.graph.sizes import read_elsewhere, spell_out
 from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
+from reparam.passes.fixed_sizes import check_sizes
 from reparam.passes.naming import Names
 from reparam.passes.plan import Plan, Written, planned, write
 from reparam.passes.region import Blocked, Region
@@ -207,15 +207,7 @@ def _check_sizes(cone: list[fx.Node], region: Region, replaced: dict[fx.Node, fx
     """Makes the model stop where what the region reads has other sizes than in the example."""
     read = dict.fromkeys(operand for node in cone for operand in region.affine[node].operands)
     for source in (replaced.get(node, node) for node in read if node not in cone):
-        tensor = info(source)
-        known = source.op == "get_attr" or any(user.target is require_sizes for user in source.users)
-        if tensor is None or known:
-            continue
-        first = next(node for node in graph.nodes if node.op != "placeholder")
-        with graph.inserting_before(first if source.op == "placeholder" else source.next):
-            check = graph.call_function(require_sizes, (source, tensor.shape[1:]))
-        check.meta.update({key: source.meta.get(key) for key in ("module_path", "source")})
-        check.meta["pinned"] = "it checks the inputs"
+        check_sizes(source, graph)
 
 
 def _write(

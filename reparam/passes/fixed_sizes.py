@@ -1,0 +1,162 @@
+"""Sizes as numbers, for a model that is to run at the example's sizes only: masks and positions become constants.
+
+`torch.arange(x.shape[1])`, a position embedding resized to `x.shape[-2:]`, a causal mask of `n` by `n`: all depend on
+parameters and on sizes. Where the sizes are the example's for every input that is let in, they are literals, and what
+is made of them is constant. It is asked for, and the sizes of the inputs are checked in the fused model.
+
+Precondition: a size becomes a literal only if it follows from sizes of the inputs other than their first axis, which is
+taken for the batch. What depends on the batch, or is not understood, is left to run time.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from reparam.checks import CHECKS, require_sizes
+from reparam.graph.constants import Constants
+from reparam.graph.lift import LiftTable
+from reparam.graph.lifted import LiftedGraph
+from reparam.graph.nodes import described, info, kind, place, replace_by_literal
+from reparam.graph.sizes import Atom, Size, Sizes, axes_read, size_read, spell_out
+from reparam.graph.table import TABLE
+from reparam.passes.base import Refusal, Rewrite
+
+_WINDOWED = ("conv", "pool", "pad", "interpolate", "upsample", "pixelshuffle", "pixel_shuffle", "pixelunshuffle")
+"""Parts of the names of operations that treat each image of a batch alike, whose sizes make those of the result."""
+
+
+_IDENTITY = "a size of the inputs, which are checked for it, or computed from such sizes"
+
+
+@dataclass(frozen=True)
+class FixedSizes:
+    """The pass. `table` says what is affine, which tells sizes."""
+
+    table: LiftTable = TABLE
+    name = "fixed sizes"
+
+    def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
+        """Rewrites the graph in place."""
+        spell_out(graph)
+        fixed = _Fixed(graph, root, LiftedGraph(graph, root, self.table, Constants(graph, root)).sizes)
+        found = {node: value for node in graph.nodes if (value := fixed.value(node)) is not None}
+        rewrites = []
+        for node, value in found.items():
+            if any(user not in found and user.target not in CHECKS for user in node.users):
+                rewrites.append(Rewrite(self.name, place(node), (described(node, root),), str(value), _IDENTITY))
+        for node, value in reversed(found.items()):
+            _drop_checks(node)
+            replace_by_literal(node, value)
+        for source in fixed.inputs:
+            check_sizes(source, graph)
+        return rewrites, []
+
+
+class _Fixed:
+    """Which sizes follow from those of the inputs but their first axis.
+
+    Attributes:
+        inputs: whose sizes were used.
+    """
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, sizes: Sizes) -> None:
+        self._root, self._sizes = root, sizes
+        self._free: dict[Atom, bool] = {}
+        self.inputs: dict[fx.Node, None] = {}
+        for node in graph.nodes:  # in order, because a graph can be deeper than Python's stack
+            for axis in range(-1, len(tensor.shape) if (tensor := info(node)) is not None else 0):
+                self._free[node, axis] = self._is_free(node, axis)
+
+    def value(self, node: fx.Node) -> int | float | bool | tuple[int, ...] | None:
+        """The number, or the sizes, that the node has for every input that is let in."""
+        sizes = self._stands_for(node)
+        if not sizes or not self._known(sizes):
+            return None
+        self.inputs.update(dict.fromkeys(source for size in sizes for atom in size.atoms for source in _sources(atom)))
+        tensor, axes = axes_read(node)
+        shape = () if tensor is None else info(tensor).shape  # type: ignore[union-attr]
+        return node.meta["number"] if tensor is None else tuple(shape[axis] for axis in axes)
+
+    def _stands_for(self, node: fx.Node) -> list[Size] | None:
+        """The sizes that a node reads together, or the number that it computes; None if it is neither."""
+        tensor, axes = axes_read(node)
+        if tensor is not None:
+            return [self._sizes.dims(tensor)[axis] for axis in axes]
+        size = self._sizes.value(node) if type(node.meta.get("number")) in (int, float, bool) else None
+        return None if size is None else [size]
+
+    def _is_free(self, node: fx.Node, axis: int) -> bool:
+        if axis < 0:
+            return self._is_free_number(node)
+        if _is_input(node):
+            return axis > 0
+        name = kind(node, self._root).lower()
+        if axis == 0 or not node.args or not isinstance(node.args[0], fx.Node) or info(node.args[0]) is None:
+            return False
+        if not any(part in name for part in _WINDOWED):
+            return False
+        images, *others = [other for other in node.all_input_nodes if other.op != "get_attr"]
+        if any(not self._is_free_value(other) for other in others):
+            return False
+        return self._known(list(self._sizes.dims(images)[1:]))
+
+    def _is_free_number(self, node: fx.Node) -> bool:
+        """A number that Python computes of sizes, each of which is fixed."""
+        if "number" not in node.meta or node.op != "call_function":
+            return False
+        read = size_read(node)
+        if read is not None:
+            return self._known([self._sizes.dims(read[0])[read[1]]])
+        return bool(node.all_input_nodes) and all(map(self._is_free_value, node.all_input_nodes))
+
+    def _is_free_value(self, node: fx.Node) -> bool:
+        sizes = self._stands_for(node)
+        return sizes is not None and self._known(sizes)
+
+    def _known(self, sizes: list[Size]) -> bool:
+        return all(self._free.get(atom, False) for size in sizes for atom in size.atoms)
+
+
+def _sources(atom: Atom) -> set[fx.Node]:
+    """The inputs that a size follows from."""
+    pending, seen, found = [atom[0]], {atom[0]}, set()
+    while pending:
+        node = pending.pop()
+        if _is_input(node):
+            found.add(node)
+            continue
+        new = [other for other in node.all_input_nodes if other not in seen]
+        seen.update(new)
+        pending += new
+    return found
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether it is a tensor that the caller gives: an argument, or an element of one."""
+    if info(node) is None:
+        return False
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node) and info(node.args[0]) is None:
+        node = node.args[0]
+    return node.op == "placeholder"
+
+
+def _drop_checks(node: fx.Node) -> None:
+    """Takes out checks of what the check of the inputs has made sure of."""
+    for user in list(node.users):
+        if user.target in CHECKS and user.all_input_nodes == [node]:
+            user.graph.erase_node(user)
+
+
+def check_sizes(source: fx.Node, graph: fx.Graph) -> None:
+    """Makes the model stop where a tensor has other sizes than in the example, the batch apart."""
+    tensor = info(source)
+    if tensor is None or source.op == "get_attr" or any(user.target is require_sizes for user in source.users):
+        return
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first if source.op == "placeholder" else source.next):
+        check = graph.call_function(require_sizes, (source, tensor.shape[1:]))
+    check.meta.update({key: source.meta.get(key) for key in ("module_path", "source")})
+    check.meta["pinned"] = "it checks the inputs"
