@@ -4,7 +4,8 @@
 
 A family is a source file of timm; its smallest model is the one with the fewest parameters. Weights are random (also
 those that timm starts at a constant, as a layer scale of 1e-6 would hide its whole block; where this makes a model
-chaotic, so that it is off by a tenth in float32 itself, they are left), BatchNorms calibrated, images as small as 64 x 64 where the model takes them. Asked of each model:
+chaotic, so that it is off by a tenth in float32 itself, they are left), BatchNorms are calibrated, images as small as
+64 x 64 where the model takes them. Asked of each model:
 
 * float64: converted to float64 and fused there, its outputs are the original's up to a relative error of 1e-9;
 * float32: `reparam.fuse` with its usual verification, which holds the error against the original's own rounding;
