@@ -17,8 +17,9 @@ from reparam.graph.draws import refuse_random
 from reparam.graph.emit import Constant
 from reparam.graph.nodes import attribute, pinned
 from reparam.graph.normal import normalise, restore_in_place
-from reparam.passes import Pass
-from reparam.passes.base import Refusal, Rewrite
+from reparam.passes import ASKING, Pass
+from reparam.passes.base import Place, Refusal, Rewrite
+from reparam.passes.ledger import allowed
 from reparam.report import OperationCounts
 
 Change = TypeVar("Change", Rewrite, Refusal)
@@ -58,6 +59,8 @@ def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece
         rewrites: list[Rewrite] = []
         refusals: list[Refusal] = []
         for step in passes:
+            if not isinstance(step, ASKING) and not allowed(_whole(step)):
+                continue
             made, left = step.run(graph, root)
             rewrites += made
             refusals += left
@@ -66,6 +69,11 @@ def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece
         module = built(root, graph, model)
         _lay_out_as(module, model)
     return Piece(module, captured, tuple(rewrites), tuple(refusals), before, after)
+
+
+def _whole(step: Pass) -> Rewrite:
+    """A pass that does not ask for each rewrite, as one."""
+    return Rewrite(step.name, Place("", None), (), "", "all that this pass does")
 
 
 def _lay_out_as(module: nn.Module, model: nn.Module) -> None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import gc
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from reparam.capture.scripts import graph_of_script
 from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
 from reparam.chance import refusal
-from reparam.equivalence import Comparison
+from reparam.equivalence import parting
 from reparam.equivalence import verify as verify_modules
 from reparam.errors import CaptureError, InputError, NotEquivalentError, UnfitModelError
 from reparam.graph.build import float64_twin, forget_float64
@@ -29,13 +28,14 @@ from reparam.graph.register import leaves
 from reparam.inputs import ExampleInputs, Inputs
 from reparam.partial import NothingCapturedError, assembled
 from reparam.passes import Pass, pipeline
-from reparam.passes.base import Place, Refusal, Rewrite
-from reparam.passes.cost import cost_model
+from reparam.passes.base import Place, Refusal, Rewrite, Undone
+from reparam.passes.cost import CostModel, cost_model
 from reparam.passes.explain import Choices
+from reparam.passes.ledger import Ledger, kept_in
 from reparam.piece import Piece, fused, total, under
 from reparam.report import OperationCounts, Report
-
-Progress = Callable[[str], None]
+from reparam.stages import Progress, Stages
+from reparam.undo import Attempt, without_faults
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def fuse(
     fixed_sizes: bool = False,
     inference_form: Mapping[str | type[nn.Module], Form] | None = None,
     passes: Sequence[Pass] | None = None,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> FuseResult:
     """Turns a model into its inference form: the fewest layers that compute the same function.
@@ -96,6 +97,7 @@ def fuse(
             what stands for it. The result is compared with the model in that form. A model that draws random numbers
             in eval mode is refused without it.
         passes: the passes to run, in order, in place of the usual ones; they bring their own prices.
+        strict: whether a rewrite that verification finds at fault is an error; else it is undone (`report.undone`).
         progress: called with a few words when a stage starts.
 
     Returns:
@@ -104,7 +106,8 @@ def fuse(
     Raises:
         InputError: the model, the inputs or an option cannot be used.
         CaptureError: the model's graph cannot be captured, or it draws random numbers in eval mode.
-        NotEquivalentError: the fused model does not agree with the original; no module is returned.
+        NotEquivalentError: the fused model does not agree with the original, and no undoing helps; or, with `strict`,
+            something had to be undone. No module is returned.
     """
     _require_values(model)
     level = _level(verify)
@@ -117,10 +120,7 @@ def fuse(
         raise InputError("fixed_sizes goes with the usual passes; of your own, give the Rounds its maps")
     if not isinstance(fixed_sizes, bool):
         raise InputError(f"fixed_sizes={fixed_sizes!r} is neither True nor False")
-    choices = Choices() if explain else None
-    stages = _Stages(progress)
-    usual = pipeline(prices, None if choices is None else choices.add, fixed_sizes=fixed_sizes)
-    steps = tuple(usual if passes is None else passes)
+    stages = Stages(progress)
     inputs = Inputs.of(example_inputs)
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
@@ -128,15 +128,14 @@ def fuse(
         with stages("converting from TorchScript"):
             model = graph_of_script(model, inputs)
     reference, said = in_inference_form(model, inference_form)
+    job = _Job(reference, inputs, capture, level, seed, stages, passes, prices, explain, fixed_sizes)
     with _explained(model, reference, inputs):
-        made = _made(reference, inputs, capture, steps, stages)
-    comparison: Comparison | None = None
-    if level != "off":
-        with stages("verifying"):
-            exact = any(p.dtype == torch.float64 for p in model.parameters())
-            twin = None if exact else made.float64()
-            comparison = verify_modules(reference, made.module, inputs, level=level, seed=seed, candidate_float64=twin)
-            del twin
+        attempt = job.attempt(Ledger())
+    undone: tuple[Undone, ...] = ()
+    if not attempt.passed:
+        with stages("finding the fault"):
+            attempt, undone = without_faults(attempt, job.attempt, job.parting, stages.tell)
+    made, comparison = attempt.made, attempt.comparison
     for piece in made.pieces:
         forget_float64(piece.module.graph)
     report = Report(
@@ -146,7 +145,8 @@ def fuse(
         after=made.after,
         rewrites=(*map(_rewrite_of, said), *made.rewrites),
         refusals=made.refusals,
-        choices=None if choices is None else tuple(choices.made),
+        undone=undone,
+        choices=None if made.choices is None else tuple(made.choices.made),
         comparison=comparison,
         environment=_environment(),
         seconds=stages.seconds,
@@ -156,6 +156,12 @@ def fuse(
         raise NotEquivalentError(
             f"the fused {report.model} does not agree with the original: {comparison.summary().rstrip('.')}; "
             "no model was made, please report this with the report attached to this error",
+            report,
+        )
+    if undone and strict:
+        raise NotEquivalentError(
+            f"{len(undone)} rewrites of {report.model} are at fault, the first at {undone[0].where} "
+            f"({undone[0].failure.rstrip('.')}); without strict they are undone",
             report,
         )
     return FuseResult(made.module, report, reference)
@@ -207,9 +213,56 @@ class _Made:
     rewrites: tuple[Rewrite, ...]
     refusals: tuple[Refusal, ...]
     notes: tuple[str, ...]
+    choices: Choices | None = None
 
 
-def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], stages: _Stages) -> _Made:
+@dataclass(frozen=True)
+class _Job:
+    """What is fused, how, and how it is checked: everything but which rewrites are made."""
+
+    model: nn.Module
+    inputs: Inputs
+    way: str
+    level: str
+    seed: int
+    stages: Stages
+    passes: Sequence[Pass] | None
+    prices: CostModel
+    explain: bool
+    fixed_sizes: bool
+
+    def attempt(self, ledger: Ledger, only: frozenset[str] | None = None) -> Attempt[_Made]:
+        """Fuses as the ledger allows, and verifies on the input cases named, or on all of the level."""
+        choices = Choices() if self.explain else None
+        add = None if choices is None else choices.add
+        usual = pipeline(self.prices, add, fixed_sizes=self.fixed_sizes)
+        steps = tuple(usual if self.passes is None else self.passes)
+        with kept_in(ledger):
+            made = replace(_made(self.model, self.inputs, self.way, steps, self.stages), choices=choices)
+        if self.level == "off":
+            return Attempt(made, ledger, None)
+        with self.stages("verifying"):
+            twin = None if self._is_exact() else made.float64()
+            comparison = verify_modules(
+                *(self.model, made.module, self.inputs),
+                level=self.level,
+                seed=self.seed,
+                candidate_float64=twin,
+                only=only,
+            )
+        return Attempt(made, ledger, comparison)
+
+    def parting(self, made: _Made) -> str:
+        """Where a fused model parts from the original, in words; empty if the two have all tensors in common."""
+        found = parting(self.model, made.module if self._is_exact() else made.float64(), self.inputs, self.seed)
+        return "" if found is None else str(found)
+
+    def _is_exact(self) -> bool:
+        """Whether the weights are in float64 as they are."""
+        return any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
+
+
+def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], stages: Stages) -> _Made:
     if way == "modules":
         _refuse_random(model, inputs, None)
         try:
@@ -251,7 +304,7 @@ def _refuse_random(model: nn.Module, inputs: Inputs, error: CaptureError | None)
 
 
 def _made_of_parts(
-    model: nn.Module, inputs: Inputs, how: str, why: str, steps: Sequence[Pass], stages: _Stages
+    model: nn.Module, inputs: Inputs, how: str, why: str, steps: Sequence[Pass], stages: Stages
 ) -> _Made:
     def fuse_one(part: nn.Module, given: Inputs) -> Piece:
         return fused(capture_graph(part, given, leaves()), part, steps)
@@ -316,19 +369,3 @@ def _garbage_collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-class _Stages:
-    """Announces stages and keeps their wall-clock times, in seconds."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self._progress is not None:
-            self._progress(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start

@@ -163,27 +163,31 @@ def family(name: str) -> str:
     return str(import_timm().model_entrypoint(name).__module__).rpartition(".")[2]
 
 
-def create(name: str, *, seed: int = 0, lively: bool = False, **kwargs: Any) -> nn.Module:
+def create(name: str, *, seed: int = 0, lively: bool = False, norms: bool = True, **kwargs: Any) -> nn.Module:
     """The timm model `name` in eval mode, with random weights, randomised and then calibrated BatchNorms.
 
     Args:
         name: timm's model name.
         seed: decides every weight and statistic; the global random state is left as it was.
         lively: also randomise what timm starts at a constant: biases, norms, layer scales.
+        norms: whether every BatchNorm gets random weights of about 1, also where timm starts them at 0.
         kwargs: go to `timm.create_model`; `pretrained` is always False.
     """
     timm = import_timm()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
-        randomise_batch_norms(model, seed)
+        if norms:
+            randomise_batch_norms(model, seed)
         if lively:
             randomise_constants(model, seed)
         _calibrate(model, input_size(model), seed)
     return model.eval()
 
 
-def create_small(name: str, *, seed: int = 0, lively: bool = False) -> tuple[nn.Module, torch.Tensor]:
+def create_small(
+    name: str, *, seed: int = 0, lively: bool = False, norms: bool = True
+) -> tuple[nn.Module, torch.Tensor]:
     """The model as `create` makes it, and two images: small ones, if the model takes them."""
     config = import_timm().get_pretrained_cfg(name)
     own = tuple(config.input_size)
@@ -191,12 +195,14 @@ def create_small(name: str, *, seed: int = 0, lively: bool = False) -> tuple[nn.
     for size in smaller:
         if size is not None:
             with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # the image was too small
-                return _created_at(name, tuple(size), seed, lively)
-    return _created_at(name, own, seed, lively)
+                return _created_at(name, tuple(size), seed, lively, norms)
+    return _created_at(name, own, seed, lively, norms)
 
 
-def _created_at(name: str, size: tuple[int, ...], seed: int, lively: bool) -> tuple[nn.Module, torch.Tensor]:
-    model = create(name, seed=seed, lively=lively, pretrained_cfg_overlay={"input_size": size})
+def _created_at(
+    name: str, size: tuple[int, ...], seed: int, lively: bool, norms: bool
+) -> tuple[nn.Module, torch.Tensor]:
+    model = create(name, seed=seed, lively=lively, norms=norms, pretrained_cfg_overlay={"input_size": size})
     x = torch.randn(2, *input_size(model), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         model(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from reparam.equivalence.comparison import CaseResult, Comparison, OutputComparison
 from reparam.equivalence.measure import compare_outputs
+from reparam.equivalence.parting import Parting, parting
 from reparam.equivalence.runner import verify
 
-__all__ = ["CaseResult", "Comparison", "OutputComparison", "compare_outputs", "verify"]
+__all__ = ["CaseResult", "Comparison", "OutputComparison", "Parting", "compare_outputs", "parting", "verify"]

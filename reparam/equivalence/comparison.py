@@ -118,6 +118,11 @@ class CaseResult:
         """Whether nothing speaks against the case (a skipped case says nothing either way)."""
         return not self.failures
 
+    @property
+    def only_noisy(self) -> bool:
+        """Whether nothing speaks against the case but too much rounding noise."""
+        return len(self.failures) == sum((output.numeric_ratio or 0.0) > 1.0 for output in self.outputs)
+
     def to_dict(self) -> dict[str, Any]:
         """The case as plain JSON types."""
         plain = {**asdict(self), "passed": self.passed, "outputs": [output.to_dict() for output in self.outputs]}
@@ -142,6 +147,7 @@ class Comparison:
         outputs: for each output, the case in which it came closest to its bar.
         cases: every input case.
         failures, notes: sentences.
+        misrounded: sentences on weights that are not the float64 candidate's rounded; they are among the failures.
         level, seed: as given.
         cost: in float64 forward passes of the original on the example inputs.
     """
@@ -157,9 +163,15 @@ class Comparison:
     cases: tuple[CaseResult, ...]
     failures: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    misrounded: tuple[str, ...] = ()
     level: str = "standard"
     seed: int = 0
     cost: float = 0.0
+
+    @property
+    def only_noisy(self) -> bool:
+        """Whether nothing speaks against the candidate but too much rounding noise."""
+        return not self.misrounded and all(case.only_noisy for case in self.cases)
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain JSON types; infinities and NaN as the strings `Infinity`, `-Infinity`, `NaN`."""

@@ -32,7 +32,7 @@ def gather(
     rules: Rules,
     *,
     asked_algebra: bool,
-    failures: tuple[str, ...],
+    misrounded: tuple[str, ...],
     notes: tuple[str, ...],
     level: str,
     seed: int,
@@ -42,7 +42,7 @@ def gather(
     cases = tuple(_judged(one, rules, typical) for one in ran)
     outputs = _nearest_to_its_bar(cases)
     every = [output for case in cases for output in case.outputs]
-    failures += tuple(f"{case.name}: {sentence}" for case in cases for sentence in case.failures)
+    failures = misrounded + tuple(f"{case.name}: {sentence}" for case in cases for sentence in case.failures)
     run = [case for case in cases if case.status != "skipped"]
     if not failures:
         failures = _lack_of_evidence(run, every)
@@ -59,6 +59,7 @@ def gather(
         cases=cases,
         failures=failures,
         notes=(*notes, *_constant_outputs(ran)),
+        misrounded=misrounded,
         level=level,
         seed=seed,
         cost=sum(case.cost for case in cases),

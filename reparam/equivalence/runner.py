@@ -53,6 +53,7 @@ def verify(
     vary_shapes: bool = True,
     check_dtypes: bool = True,
     check_structure: bool = True,
+    only: frozenset[str] | None = None,
 ) -> Comparison:
     """Whether `candidate` computes what `original` computes, judged against the original's own rounding noise.
 
@@ -75,6 +76,7 @@ def verify(
             is held to `algebra_tolerance` alone, and the candidate's weights must be its weights rounded once.
             Without it a candidate in a narrower dtype is also allowed what rounding its changed weights explains.
         vary_shapes: False keeps to the example's shapes, for a candidate that was made for these alone.
+        only: names of the cases to run besides the example; None for all of the level.
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
 
     Raises:
@@ -86,15 +88,17 @@ def verify(
     runtime = not isinstance(candidate, nn.Module)
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = _session(original, candidate, candidate_float64, rules, seed)
-    failures = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
+    misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
     ran = []
     for slot in plan(inputs, level, seed, vary_shapes):
+        if only is not None and not any(case.seed is None or case.name in only for case in slot):
+            continue
         ran.append(_run_slot(session, slot, BUDGET if level == "standard" else float("inf")))
     return gather(
         ran,
         rules,
         asked_algebra=session.candidate64 is not None and isinstance(candidate, nn.Module),
-        failures=failures,
+        misrounded=misrounded,
         notes=tuple(session.notes),
         level=level,
         seed=seed,

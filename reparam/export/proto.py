@@ -125,6 +125,8 @@ def _translate(plan: Plan, program: torch.export.ExportedProgram, names: list[st
                 verbose=False,
             )
             assert exported is not None
+            # The exporter's own optimisation may put a constant behind its first reader.
+            exported.model.graph.sort()
             proto: onnx.ModelProto = exported.model_proto
     except ModuleNotFoundError as error:
         raise ExportError(

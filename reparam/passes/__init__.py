@@ -16,6 +16,7 @@ from reparam.passes.cost import CostModel
 from reparam.passes.fixed_sizes import FixedSizes
 from reparam.passes.inference_form import InferenceForm
 from reparam.passes.join import Join
+from reparam.passes.moves import Moves
 from reparam.passes.norm_weights import NormWeights
 from reparam.passes.repeats import Repeats
 from reparam.passes.rounds import Rounds
@@ -58,3 +59,8 @@ def pipeline(
 
 
 PIPELINE = pipeline(CostModel())
+ASKING = (
+    *(BiasMaps, Cleanup, Collapse, ConstantFolding, FixedSizes, InferenceForm),
+    *(Join, Moves, NormWeights, Repeats, Rounds, Scores),
+)
+"""Passes that ask the ledger before each rewrite; any other one is asked for as a whole."""

@@ -110,6 +110,34 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Undone:
+    """A rewrite that was made, found at fault by verification, and undone.
+
+    Attributes:
+        rewrite: the rewrite.
+        failure: what verification said of the model with it.
+        worst: index of the output element that was wrong most.
+        location: whether that lies at a border of the dims behind batch and channel.
+        parting: the first tensor of the original that the model with it did not compute; empty if that is not known.
+    """
+
+    rewrite: Rewrite
+    failure: str
+    worst: tuple[int, ...] = ()
+    location: str = ""
+    parting: str = ""
+
+    @property
+    def where(self) -> str:
+        """Qualified module name and source line, for people."""
+        return self.rewrite.where
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value as plain JSON types."""
+        return {**asdict(self), "rewrite": self.rewrite.to_dict(), "where": self.where}
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to compute a region.
 

@@ -30,6 +30,7 @@ from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
 from reparam.passes.fixed_sizes import check_sizes
+from reparam.passes.ledger import allowed
 from reparam.passes.naming import Names
 from reparam.passes.plan import Plan, Written, planned, write
 from reparam.passes.region import Blocked, Region
@@ -94,8 +95,9 @@ class BiasMaps:
         for end in sorted(search.ends, key=region.order.__getitem__):
             for part in _parts(end, region, set(search.ends)):
                 found = self._better(part, end, search, without)
-                if found is not None:
-                    rewrites.append(self._rewrite(found, part, root))
+                rewrite = None if found is None else self._rewrite(found, part, root)
+                if found is not None and rewrite is not None and allowed(rewrite):
+                    rewrites.append(rewrite)
                     _check_sizes(part.cone, region, replaced, graph)
                     exact = _value_for_zeros(part.end, part.cone, region)
                     _write(part.end, part.cone, found.plans, exact, replaced, graph, root)

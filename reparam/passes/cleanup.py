@@ -30,6 +30,7 @@ from reparam.graph.normal import eliminate_dead_code, mutated
 from reparam.graph.sizes import Sizes, spell_out
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.ledger import allowed
 
 _TIMES = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
 _OVER = (operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide", "true_divide")
@@ -71,7 +72,10 @@ class Cleanup:
                 why = f"adding 0 turns -0.0 into 0.0, and {kind(sensitive, root)} behind it can tell the two apart"
                 refusals.append(Refusal(self.name, place(node), kind(node, root), why, "leave the addition out"))
                 continue
-            rewrites.append(Rewrite(self.name, place(node), (described(node, root),), "", identity))
+            rewrite = Rewrite(self.name, place(node), (described(node, root),), "", identity)
+            if not allowed(rewrite):
+                continue
+            rewrites.append(rewrite)
             node.replace_all_uses_with(source)
         eliminate_dead_code(graph)
         return rewrites, refusals if self.final else []

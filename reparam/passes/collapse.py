@@ -27,6 +27,7 @@ from reparam.passes.base import Choice, Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
 from reparam.passes.explain import Recorder, explained, not_written
 from reparam.passes.form import Form
+from reparam.passes.ledger import allowed
 from reparam.passes.naming import Names, going
 from reparam.passes.plan import Plan, Written, planned, write
 from reparam.passes.reasons import reasons
@@ -61,7 +62,10 @@ class Collapse:
         names = Names(graph, going(region, search, plans))
         for node, plan in plans.items():
             cone = search.cone(node)
-            rewrites.append(self._rewrite(plan, cone, root, search))
+            rewrite = self._rewrite(plan, cone, root, search)
+            if not allowed(rewrite):
+                continue
+            rewrites.append(rewrite)
             replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)), written)
             node.replace_all_uses_with(replaced[node])
         if self.explain is not None:

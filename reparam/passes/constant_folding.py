@@ -19,6 +19,7 @@ from reparam.graph.emit import Constant, insert_constant
 from reparam.graph.nodes import attribute, escapes, info, kind, module_of, place, replace_by_literal
 from reparam.graph.normal import eliminate_dead_code
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.ledger import allowed
 
 _VIEWS = [
     "chunk",
@@ -76,28 +77,32 @@ class ConstantFolding:
             if added > 0 and (_bytes(node) > self.most or added > left):
                 refusals.append(_too_large(node, added, root))
                 continue
+            rewrite = self._rewrite(node, cone, root)
+            if not allowed(rewrite):
+                continue
             left -= max(added, 0)
-            rewrites.append(self._fold(node, cone, constants, graph, root))
+            rewrites.append(rewrite)
+            _fold(node, constants, graph, root)
         eliminate_dead_code(graph)
         return rewrites, refusals
 
-    def _fold(
-        self, node: fx.Node, cone: list[fx.Node], constants: Constants, graph: fx.Graph, root: nn.Module
-    ) -> Rewrite:
-        tensor = info(node)
-        assert tensor is not None
-        exact = constants.value(node)
-        value = exact.to(tensor.dtype).to(tensor.device).contiguous().clone()
-        with graph.inserting_before(node):
-            made = insert_constant(graph, root, node.name, value, _remembered(exact))
-        made.meta.update({key: node.meta.get(key) for key in ("module_path", "source")})
-        node.replace_all_uses_with(made)
+    def _rewrite(self, node: fx.Node, cone: list[fx.Node], root: nn.Module) -> Rewrite:
         replaced = tuple(
             f"{place(part).module}: {kind(part, root)}" for part in reversed(cone) if part.op != "get_attr"
         )
-        return Rewrite(
-            self.name, place(node), replaced, f"a constant of shape {list(tensor.shape)}", "f(W) = C for every input"
-        )
+        made = f"a constant of shape {list(info(node).shape)}"  # type: ignore[union-attr]
+        return Rewrite(self.name, place(node), replaced, made, "f(W) = C for every input")
+
+
+def _fold(node: fx.Node, constants: Constants, graph: fx.Graph, root: nn.Module) -> None:
+    tensor = info(node)
+    assert tensor is not None
+    exact = constants.value(node)
+    value = exact.to(tensor.dtype).to(tensor.device).contiguous().clone()
+    with graph.inserting_before(node):
+        made = insert_constant(graph, root, node.name, value, _remembered(exact))
+    made.meta.update({key: node.meta.get(key) for key in ("module_path", "source")})
+    node.replace_all_uses_with(made)
 
 
 def _remembered(exact: torch.Tensor) -> Callable[[], Constant]:

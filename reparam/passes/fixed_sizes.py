@@ -23,6 +23,7 @@ from reparam.graph.nodes import described, info, kind, place, replace_by_literal
 from reparam.graph.sizes import Atom, Size, Sizes, axes_read, size_read, spell_out
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.ledger import allowed
 
 _WINDOWED = ("conv", "pool", "pad", "interpolate", "upsample", "pixelshuffle", "pixel_shuffle", "pixelunshuffle")
 """Parts of the names of operations that treat each image of a batch alike, whose sizes make those of the result."""
@@ -47,6 +48,8 @@ class FixedSizes:
         for node, value in found.items():
             if any(user not in found and user.target not in CHECKS for user in node.users):
                 rewrites.append(Rewrite(self.name, place(node), (described(node, root),), str(value), _IDENTITY))
+        if not all(map(allowed, rewrites)):
+            return [], []  # they hang together
         for node, value in reversed(found.items()):
             _drop_checks(node)
             replace_by_literal(node, value)

@@ -17,6 +17,7 @@ from torch import fx, nn
 from reparam.graph.nodes import described, module_of, place
 from reparam.graph.normal import eliminate_dead_code
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.ledger import allowed
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ATEN = torch.ops.aten
@@ -47,7 +48,10 @@ class InferenceForm:
             if isinstance(what, Refusal):
                 refusals.append(what)
             elif what is not None:
-                rewrites.append(Rewrite(self.name, place(node), (described(node, root),), "", what))
+                rewrite = Rewrite(self.name, place(node), (described(node, root),), "", what)
+                if not allowed(rewrite):
+                    continue
+                rewrites.append(rewrite)
                 _replace(node, node.args[0] if node.args else node.kwargs["input"])
         eliminate_dead_code(graph)
         return rewrites, refusals

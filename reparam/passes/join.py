@@ -38,6 +38,7 @@ from reparam.graph.sizes import Sizes
 from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
+from reparam.passes.ledger import allowed
 from reparam.passes.machines import ONNXRUNTIME_CPU, Machine
 from reparam.passes.readers import needs_whole
 
@@ -77,7 +78,10 @@ class Join:
                 subject = f"{len(group)} parallel {kinds.pop() if len(kinds) == 1 else 'layers'}"
                 refusals.append(Refusal(self.name, place(group[0].node), subject, why.reason, why.remedy))
                 continue
-            rewrites.append(self._rewrite(joined, made, root))
+            rewrite = self._rewrite(joined, made, root)
+            if not allowed(rewrite):
+                continue
+            rewrites.append(rewrite)
             _replace(joined, made, graph, root)
         eliminate_dead_code(graph)
         return rewrites, refusals

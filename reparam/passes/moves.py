@@ -32,6 +32,7 @@ from reparam.graph.nodes import described, free_name, info, kind, place
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.ledger import allowed
 from reparam.passes.scaling import Scaling, Surroundings, joined, only_reader
 
 
@@ -55,7 +56,10 @@ class Moves:
             for node in list(graph.nodes):
                 plan = None if node in gone else _planned(node, surroundings)
                 if isinstance(plan, _Plan):
-                    rewrites.append(self._rewrite(plan, root))
+                    rewrite = self._rewrite(plan, root)
+                    if not allowed(rewrite):
+                        continue
+                    rewrites.append(rewrite)
                     _apply(plan, graph, root)
                     gone.update(plan.going)
                     surroundings.forget()

@@ -30,6 +30,7 @@ from reparam.graph.nodes import described, free_name, info, is_parametrized, kin
 from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
+from reparam.passes.ledger import allowed
 from reparam.passes.scaling import Scaling, Surroundings
 
 
@@ -133,8 +134,11 @@ class NormWeights:
                 continue
             layer = _written(run, node)
             readers = [surroundings.absorbs_in_front(r, node, run, weights.axis, rounded=True) for r in node.users]
-            if isinstance(layer, Layer) and all(answer is True for answer in readers):
-                rewrites.append(self._rewrite(node, run, before, after, root))
+            if not isinstance(layer, Layer) or any(answer is not True for answer in readers):
+                continue
+            rewrite = self._rewrite(node, run, before, after, root)
+            if allowed(rewrite):
+                rewrites.append(rewrite)
                 _separate(node, layer, graph, root)
         return rewrites, refusals
 

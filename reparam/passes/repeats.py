@@ -27,6 +27,7 @@ from reparam.graph.nodes import described, escapes, info, module_of, pinned, pla
 from reparam.graph.normal import eliminate_dead_code, mutated
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.ledger import allowed
 
 _UNDEFINED = ("empty", "rand", "bernoulli", "multinomial", "normal_", "poisson", "dropout", "rrelu")
 _PURE = ("torch", "_operator", "builtins", "math")
@@ -68,7 +69,10 @@ class Repeats:
             if info(node) is not None and node.op != "get_attr":
                 what = described(node, root)
                 identity = "f(x) and f(x) are one tensor"
-                rewrites.append(Rewrite(self.name, place(node), (what,), f"the same in {place(earlier)}", identity))
+                rewrite = Rewrite(self.name, place(node), (what,), f"the same in {place(earlier)}", identity)
+                if not allowed(rewrite):
+                    continue
+                rewrites.append(rewrite)
             node.replace_all_uses_with(earlier)
         eliminate_dead_code(graph)
         return rewrites, []

@@ -34,6 +34,7 @@ from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
 from reparam.passes.join import shared_weights
+from reparam.passes.ledger import allowed
 from reparam.passes.repeats import Repeats
 from reparam.passes.scaling import Scaling, Surroundings, only_reader
 
@@ -72,7 +73,10 @@ class Scores:
                 why = next(plan for plan in plans if isinstance(plan, Inexact))
                 node.meta["refused"] = Refusal(self.name, place(node), kind(node, root), why.reason, why.remedy)
                 continue
-            rewrites.append(self._rewrite(plan, node, root))
+            rewrite = self._rewrite(plan, node, root)
+            if not allowed(rewrite):
+                continue
+            rewrites.append(rewrite)
             _apply(plan, run, graph, root)  # what is known of other nodes stays true
         eliminate_dead_code(graph)
         return rewrites, []

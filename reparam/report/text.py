@@ -42,6 +42,7 @@ def render_text(report: Report, console: Console, *, verbose: bool = False) -> N
     console.print(_operations(report))
     for title, lines in (
         ("Rewritten", _rewrites(report, verbose)),
+        ("Undone", _undone(report)),
         ("Left as it is", _refusals(report, verbose)),
         ("Choices", _choices(report, verbose)),
         ("Equivalence", _equivalence(report)),
@@ -96,6 +97,22 @@ def _rewrites(report: Report, verbose: bool) -> list[RenderableType]:
                 what = f"{', '.join(rewrite.replaced)} -> {rewrite.replacement or 'nothing'}"
                 lines.append(_indented(Text(f"{rewrite.where}: {what}"), 4))
                 lines.append(_indented(Text(rewrite.identity, style="dim"), 6))
+    return lines
+
+
+def _undone(report: Report) -> list[RenderableType]:
+    """What verification found at fault."""
+    lines: list[RenderableType] = []
+    for one in report.undone:
+        rewrite = one.rewrite
+        what = f"{rewrite.pass_name}: {', '.join(rewrite.replaced)} -> {rewrite.replacement or 'nothing'}"
+        lines.append(Text.assemble((one.where, "red"), f"  {what}"))
+        lines.append(_indented(Text(rewrite.identity, style="dim"), 2))
+        lines.append(_indented(Text(f"with it, {one.failure}"), 2))
+        if one.parting:
+            lines.append(_indented(Text(one.parting), 2))
+    if lines:
+        lines.append("The model was fused without them, and is verified. Please report this: a rewrite must be exact.")
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reparam.bench import Timing
     from reparam.equivalence import Comparison
-    from reparam.passes.base import Choice, Refusal, Rewrite
+    from reparam.passes.base import Choice, Refusal, Rewrite, Undone
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Report:
         before, after: operations of the original and of the fused model.
         rewrites: what was changed, in the order in which it was.
         refusals: what looks foldable and was left, and why.
+        undone: rewrites that verification found at fault, and that were undone; they are not among `rewrites`.
         choices: what was compared for each region, and why one form won; None if not asked.
         comparison: fused against original; None if not asked.
         onnx_comparison: the ONNX file in its runtime against the original; None if none was written.
@@ -69,6 +70,7 @@ class Report:
     after: OperationCounts
     rewrites: tuple[Rewrite, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    undone: tuple[Undone, ...] = ()
     choices: tuple[Choice, ...] | None = None
     comparison: Comparison | None = None
     onnx_comparison: Comparison | None = None
@@ -96,6 +98,7 @@ class Report:
                 "after": self.after.to_dict(),
                 "rewrites": [rewrite.to_dict() for rewrite in self.rewrites],
                 "refusals": [refusal.to_dict() for refusal in self.refusals],
+                "undone": [undone.to_dict() for undone in self.undone],
                 "choices": None if self.choices is None else [choice.to_dict() for choice in self.choices],
                 "comparison": self.comparison and self.comparison.to_dict(),
                 "onnx_comparison": self.onnx_comparison and self.onnx_comparison.to_dict(),

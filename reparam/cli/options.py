@@ -1,0 +1,53 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from reparam.source import Source
+
+
+def options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator."""
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+source_options = options(
+    click.option(
+        "--arch", metavar="ARCH", help="Who builds the model: timm:NAME, torchvision:NAME or package.module:callable."
+    ),
+    click.option("--arch-args", metavar="KEY=VALUE", multiple=True, help="Argument for the builder; may be repeated."),
+    click.option("--key", metavar="KEY", help="Where in the checkpoint the weights stand: model, ema, net.0."),
+    click.option(
+        "--input", "inputs", metavar="SPEC", multiple=True,
+        help="Example input: 1x3x224x224, 1x77:int64, name=1x77:int64.",
+    ),
+    click.option(
+        "--allow-class", "allow_classes", metavar="NAME", multiple=True,
+        help="Class the file may use: pkg.mod.Class, OLD.NAME=NEW.NAME, or 'pkg.*' for all layers of a package.",
+    ),
+    click.option(
+        "--allow-pickle", is_flag=True, help="Let the file run any code. Only for files whose source you trust."
+    ),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Convert the model first."
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of all random inputs."),
+)  # fmt: skip
+output_options = options(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output, nothing else."),
+    click.option("-v", "--verbose", is_flag=True, help="Show every detail."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+def source_of(flags: dict[str, Any], path: str) -> Source:
+    from reparam.capture.arch import parse_arch_args
+    from reparam.source import Source
+
+    return Source(flags.pop(path), **{**flags, "arch_args": parse_arch_args(flags["arch_args"])})

@@ -1,0 +1,103 @@
+"""What commands share on a terminal: progress, exit statuses, errors in a sentence, reports in the form asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import click
+
+from reparam import __version__
+from reparam.errors import NotEquivalentError, ReparamError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from reparam.report import Report
+    from reparam.stages import Progress
+
+Show: TypeAlias = Callable[[], int]
+"""Prints what came of the work, when the line of progress is gone, and returns the exit status."""
+
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
+INTERRUPTED = 130
+
+
+def guarded(work: Callable[[Progress], Show], *, as_json: bool, verbose: bool, debug: bool) -> int:
+    """Does `work` with progress on standard error, prints what came of it or the error, and returns the exit status."""
+    try:
+        with _progress() as progress:
+            show = work(progress)
+    except ReparamError as error:
+        print_error(error, as_json=as_json, verbose=verbose)
+        if debug:
+            traceback.print_exc()
+        return error.exit_status
+    except KeyboardInterrupt:
+        click.echo("reparam: interrupted; nothing was written", err=True)
+        return INTERRUPTED
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        click.echo(
+            f"reparam: internal error: {message} (this is a fault in reparam {__version__}: please report it, "
+            "with what --debug prints)",
+            err=True,
+        )
+        if debug:
+            traceback.print_exc()
+        if as_json:
+            click.echo(json.dumps({"error": f"{type(error).__name__}: {error}", "exit_status": INTERNAL_ERROR}))
+        return INTERNAL_ERROR
+    return show()
+
+
+def print_report(report: Report, *, as_json: bool, verbose: bool, **more: Any) -> int:
+    if as_json:
+        click.echo(json.dumps({**report.to_dict(), **more}, indent=2, allow_nan=False))
+        return 0
+    from reparam.report.text import render_text
+
+    render_text(report, console_for(stderr=False), verbose=verbose)
+    return 0
+
+
+def print_error(error: ReparamError, *, as_json: bool, verbose: bool) -> None:
+    report = error.report if isinstance(error, NotEquivalentError) else None
+    if report is not None:
+        print_report(report, as_json=as_json, verbose=verbose, error=str(error), exit_status=error.exit_status)
+    elif as_json:
+        click.echo(json.dumps({"error": str(error), "exit_status": error.exit_status}, indent=2))
+    click.echo(f"reparam: error: {error}", err=True)
+
+
+def console_for(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120  # a log or a file has no width of its own, and 80 columns break most places in two
+    return console
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A line with a spinner that names the running stage; one line for each stage where nobody watches."""
+    console = console_for(stderr=True)
+    if not console.is_terminal:
+        told: set[str] = set()
+
+        def tell(text: str) -> None:
+            stage = text.partition(":")[0]
+            if stage not in told:
+                told.add(stage)
+                click.echo(f"reparam: {stage}", err=True)
+
+        tell("starting")
+        yield tell
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(text)

@@ -1,0 +1,51 @@
+"""`reparam verify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from reparam.cli.options import output_options, source_of, source_options
+from reparam.cli.terminal import Show, console_for, guarded
+from reparam.errors import NotEquivalentError
+
+if TYPE_CHECKING:
+    from reparam.stages import Progress
+
+
+@click.command("verify")
+@click.argument("original", metavar="ORIGINAL")
+@click.argument("candidate", metavar="CANDIDATE")
+@source_options
+@click.option(
+    "--level", type=click.Choice(["quick", "standard", "thorough"]), default="standard", show_default=True,
+    help="How many inputs are tried.",
+)  # fmt: skip
+@output_options
+def verify_command(candidate: str, level: str, as_json: bool, verbose: bool, debug: bool, **flags: Any) -> None:
+    """Tells whether CANDIDATE computes what ORIGINAL computes, up to the original's own rounding noise.
+
+    ORIGINAL is whatever `reparam fuse` takes; CANDIDATE may be an ONNX file too.
+
+    Exit status: 0 they agree, 1 they do not, 2 bad input or usage, 70 a fault in reparam.
+    """
+
+    def work(progress: Progress) -> Show:
+        from reparam.compare import verify_files
+        from reparam.report.text import render_comparison
+
+        comparison = verify_files(source_of(flags, "original"), candidate, level=level, progress=progress)
+
+        def show() -> int:
+            if as_json:
+                click.echo(json.dumps(comparison.to_dict(), indent=2, allow_nan=False))
+            else:
+                render_comparison(candidate, comparison, console_for(stderr=False), verbose=verbose)
+            return 0 if comparison.passed else NotEquivalentError.exit_status
+
+        return show
+
+    sys.exit(guarded(work, as_json=as_json, verbose=verbose, debug=debug))
