@@ -249,6 +249,7 @@ class _Job:
                 seed=self.seed,
                 candidate_float64=twin,
                 only=only,
+                find_parting=False,
             )
         return Attempt(made, ledger, comparison)
 

@@ -272,7 +272,16 @@ ALLOWED = [
 
 
 EMPTY = [
-    *("__init__", "pipeline", "cli/__init__", "errors", "algebra/__init__", "capture/trace", "graph/lift", "passes/base"),
+    *(
+        "__init__",
+        "pipeline",
+        "cli/__init__",
+        "errors",
+        "algebra/__init__",
+        "capture/trace",
+        "graph/lift",
+        "passes/base",
+    ),
     *("report/values", "equivalence/w"),
 ]
 

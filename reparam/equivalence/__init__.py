@@ -6,9 +6,9 @@ that it cannot share their mistakes.
 
 from __future__ import annotations
 
-from reparam.equivalence.comparison import CaseResult, Comparison, OutputComparison
+from reparam.equivalence.comparison import CaseResult, Comparison, OutputComparison, Parting
 from reparam.equivalence.measure import compare_outputs
-from reparam.equivalence.parting import Parting, parting
+from reparam.equivalence.parting import parting
 from reparam.equivalence.runner import verify
 
 __all__ = ["CaseResult", "Comparison", "OutputComparison", "Parting", "compare_outputs", "parting", "verify"]

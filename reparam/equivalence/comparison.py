@@ -130,6 +130,33 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
+class Parting:
+    """Where two models part: the first tensor of the one that the other one does not compute.
+
+    Attributes:
+        place: qualified name of the original's module that computes that tensor; empty for the model itself.
+        operation: what computes it.
+        shape: of that tensor.
+        after: the last module of the original that computes a tensor it is made from and that both have; empty if there
+            is none.
+    """
+
+    place: str
+    operation: str
+    shape: tuple[int, ...]
+    after: str = ""
+
+    def __str__(self) -> str:
+        behind = f", behind {self.after}, which both compute" if self.after and self.after != self.place else ""
+        where = f"{self.operation} in {self.place}" if self.place else f"{self.operation} in the model itself"
+        return f"the first tensor that only the original computes is that of {where}, {list(self.shape)}{behind}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parting as plain JSON types."""
+        return {**asdict(self), "shape": list(self.shape), "sentence": str(self)}
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Whether a candidate computes what the original computes, and how that was found out.
 
@@ -149,7 +176,10 @@ class Comparison:
         failures, notes: sentences.
         misrounded: sentences on weights that are not the float64 candidate's rounded; they are among the failures.
         level, seed: as given.
-        cost: in float64 forward passes of the original on the example inputs.
+        cost: in float64 forward passes of the original on the example inputs; what looking for the parting costs is
+            not counted, since only a failed comparison has one.
+        parting: where the two models part on the first input case that failed; None if they agree, if it was not
+            asked, or if that is not known: the candidate is no module, or has all tensors in float64.
     """
 
     passed: bool
@@ -167,6 +197,7 @@ class Comparison:
     level: str = "standard"
     seed: int = 0
     cost: float = 0.0
+    parting: Parting | None = None
 
     @property
     def only_noisy(self) -> bool:
@@ -176,7 +207,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain JSON types; infinities and NaN as the strings `Infinity`, `-Infinity`, `NaN`."""
         plain = {
-            **{key: value for key, value in vars(self).items() if key not in ("outputs", "cases")},
+            **{key: value for key, value in vars(self).items() if key not in ("outputs", "cases", "parting")},
+            "parting": self.parting and self.parting.to_dict(),
             "outputs": [output.to_dict() for output in self.outputs],
             "cases": [case.to_dict() for case in self.cases],
             "summary": self.summary(),

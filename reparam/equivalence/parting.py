@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from math import prod
 from typing import Any
@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reparam.equivalence.comparison import Parting
 from reparam.equivalence.precision import deployment_dtype, private_copy, run
 from reparam.inputs import ExampleInputs, Inputs
 
@@ -31,32 +32,6 @@ _ROUNDED = 32.0
 _FEWEST = 8
 """Elements below which a tensor says nothing."""
 _BLOCK, _PROJECTIONS = 4096, 4
-
-
-@dataclass(frozen=True)
-class Parting:
-    """Where two models part.
-
-    Attributes:
-        place: qualified name of the original's module that computes the first tensor that the candidate has not.
-        operation: what computes it.
-        shape: of that tensor.
-        after: the module of the last tensor before it that both have; empty if there is none.
-    """
-
-    place: str
-    operation: str
-    shape: tuple[int, ...]
-    after: str = ""
-
-    def __str__(self) -> str:
-        behind = f", behind {self.after}, which both compute" if self.after else ""
-        where = f"{self.operation} in {self.place}" if self.place else self.operation
-        return f"the first tensor that only the original computes is that of {where}, {list(self.shape)}{behind}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The parting as plain JSON types."""
-        return {**asdict(self), "shape": list(self.shape)}
 
 
 @dataclass
@@ -74,17 +49,15 @@ class _Seen:
 def parting(original: nn.Module, candidate: nn.Module, example_inputs: ExampleInputs, seed: int = 0) -> Parting | None:
     """The first tensor of the original that the candidate does not compute; None if it has them all.
 
+    Only tensors that depend on the inputs count, and of those only such whose values tell them from others.
+
     Raises:
         Exception: whatever a model raises on these inputs in float64.
     """
     inputs = Inputs.of(example_inputs)
     eps = torch.finfo(deployment_dtype(candidate, inputs)).eps
-    tolerance = max(_SAME, _ROUNDED * eps)
     ours, theirs = _watched(original, inputs, seed), _watched(candidate, inputs, seed)
-    known: dict[int, list[_Seen]] = {}
-    for one in theirs:
-        known.setdefault(prod(one.shape), []).append(one)
-    shared = [any(_same(one, other, tolerance) for other in known.get(prod(one.shape), ())) for one in ours]
+    shared = _shared(ours, theirs, max(_SAME, _ROUNDED * eps))
     reaches = list(shared)  # whether a tensor, or one that is computed from it, is shared
     for index in range(len(ours) - 1, -1, -1):
         if reaches[index]:
@@ -93,9 +66,28 @@ def parting(original: nn.Module, candidate: nn.Module, example_inputs: ExampleIn
     first = next((index for index, reached in enumerate(reaches) if not reached and ours[index].tells), None)
     if first is None:
         return None
-    made_of = [index for index in _ancestors(ours, first) if shared[index]]
+    made_of = [index for index in _ancestors(ours, first) if shared[index] and ours[index].place]
     after = ours[max(made_of)].place if made_of else ""
     return Parting(ours[first].place, ours[first].operation, ours[first].shape, after)
+
+
+def _shared(ours: Sequence[_Seen], theirs: Sequence[_Seen], tolerance: float) -> list[bool]:
+    """Which of the original's tensors the candidate has, too."""
+    known: dict[int, list[torch.Tensor]] = {}
+    for one in theirs:
+        known.setdefault(prod(one.shape), []).append(one.mark)
+    stacked = {size: torch.stack(marks) for size, marks in known.items()}
+    sizes = {size: marks.norm(dim=1) for size, marks in stacked.items()}
+
+    def has(one: _Seen) -> bool:
+        size = prod(one.shape)
+        if not one.tells or size not in stacked:
+            return False
+        scale = sizes[size].clamp_min(float(one.mark.norm()))
+        # False where one is not finite
+        return bool(((stacked[size] - one.mark).abs().amax(1) <= tolerance * scale).any())
+
+    return [has(one) for one in ours]
 
 
 def _ancestors(seen: Sequence[_Seen], index: int) -> set[int]:
@@ -107,13 +99,6 @@ def _ancestors(seen: Sequence[_Seen], index: int) -> set[int]:
             found.add(one)
             pending += seen[one].made_of
     return found
-
-
-def _same(a: _Seen, b: _Seen, tolerance: float) -> bool:
-    if torch.equal(a.mark, b.mark):
-        return True
-    size = max(float(a.mark.norm()), float(b.mark.norm()))
-    return bool((a.mark - b.mark).abs().max() <= tolerance * size)  # False where one is not finite
 
 
 def _mark(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,7 +120,7 @@ def _weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def _watched(module: nn.Module, inputs: Inputs, seed: int) -> list[_Seen]:
     """All floating-point tensors that a model computes, in order."""
     copied = private_copy(module, "model", torch.float64)
-    watch = _Watch()
+    watch = _Watch(inputs)
     with _places_told(copied, watch.places), torch.no_grad(), watch:
         run(copied, inputs, seed=seed, dtype=torch.float64)
     return watch.seen
@@ -164,28 +149,34 @@ def _places_told(module: nn.Module, places: list[str]) -> Iterator[None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes what every operation makes."""
+    """Notes every floating-point tensor that an operation makes of the inputs, or of what was made of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         super().__init__()
         self.seen: list[_Seen] = []
         self.places: list[str] = []
-        self._index: dict[int, int] = {}
+        # Of each tensor that depends on the inputs, what was noted last of what it is made of.
+        self._notes: dict[int, tuple[int, ...]] = {id(tensor): () for tensor in inputs.tensors()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        read = [self._index[id(t)] for t in pytree.tree_leaves((args, kwargs or {})) if id(t) in self._index]
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
-                self._note(tensor, func, tuple(dict.fromkeys(read)))
+        read = [self._notes[id(t)] for t in pytree.tree_leaves((args, kwargs or {})) if id(t) in self._notes]
+        if read:
+            made_of = tuple(dict.fromkeys(index for notes in read for index in notes))
+            for tensor in pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    self._note(tensor, func, made_of)
         return result
 
     def _note(self, tensor: torch.Tensor, func: Any, made_of: tuple[int, ...]) -> None:
+        if id(tensor) not in self._notes:
+            weakref.finalize(tensor, self._notes.pop, id(tensor), None)
+        self._notes[id(tensor)] = made_of
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        self._notes[id(tensor)] = (len(self.seen),)
         place = self.places[-1] if self.places else ""
         name = func.overloadpacket.__name__.strip("_")
-        if id(tensor) not in self._index:
-            weakref.finalize(tensor, self._index.pop, id(tensor), None)
-        self._index[id(tensor)] = len(self.seen)
         values = tensor.detach()
         tells = tensor.numel() >= _FEWEST and bool((values != values.reshape(-1)[0]).any())
         self.seen.append(_Seen(place, name, tuple(tensor.shape), _mark(values), tells, made_of))

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from reparam.equivalence.cases import Case, Slot, plan
-from reparam.equivalence.comparison import CaseResult, Comparison
+from reparam.equivalence.comparison import CaseResult, Comparison, Parting
 from reparam.equivalence.gather import Ran, gather
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
 from reparam.equivalence.metrics import distinct_values
 from reparam.equivalence.outputs import Flat, identical
+from reparam.equivalence.parting import parting
 from reparam.equivalence.precision import (
     PrivateCopy,
     deployment_dtype,
@@ -54,6 +55,7 @@ def verify(
     check_dtypes: bool = True,
     check_structure: bool = True,
     only: frozenset[str] | None = None,
+    find_parting: bool = True,
 ) -> Comparison:
     """Whether `candidate` computes what `original` computes, judged against the original's own rounding noise.
 
@@ -78,6 +80,8 @@ def verify(
         vary_shapes: False keeps to the example's shapes, for a candidate that was made for these alone.
         only: names of the cases to run besides the example; None for all of the level.
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
+        find_parting: whether, if they do not agree and both are modules, the first tensor is looked for that only the
+            original computes (`Comparison.parting`); for two float64 passes that the ten do not count.
 
     Raises:
         InputError: the level does not exist, the original cannot run on the example inputs, a module cannot be
@@ -89,12 +93,13 @@ def verify(
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = _session(original, candidate, candidate_float64, rules, seed)
     misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
-    ran = []
+    ran, given = [], {}
     for slot in plan(inputs, level, seed, vary_shapes):
+        given.update({case.name: case.inputs for case in slot})
         if only is not None and not any(case.seed is None or case.name in only for case in slot):
             continue
         ran.append(_run_slot(session, slot, BUDGET if level == "standard" else float("inf")))
-    return gather(
+    comparison = gather(
         ran,
         rules,
         asked_algebra=session.candidate64 is not None and isinstance(candidate, nn.Module),
@@ -103,6 +108,19 @@ def verify(
         level=level,
         seed=seed,
     )
+    if comparison.passed or runtime or not find_parting:
+        return comparison
+    exact = candidate if candidate_float64 is None else candidate_float64
+    failed = next((case.name for case in comparison.cases if case.failures), "")
+    return replace(comparison, parting=_parting(original, exact, given.get(failed, inputs), seed))
+
+
+def _parting(original: nn.Module, candidate: Any, inputs: Inputs, seed: int) -> Parting | None:
+    """Where two models part; None if that cannot be told, for one that does not run in float64."""
+    try:
+        return parting(original, candidate, inputs, seed)
+    except Exception:
+        return None
 
 
 @dataclass

@@ -179,6 +179,10 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def render_comparison(subject: str, comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
     """Prints one comparison; with `verbose` also the verdict on each case."""
     for line in _comparison(subject, comparison):
@@ -208,6 +212,7 @@ def _comparison(subject: str, comparison: Comparison) -> list[RenderableType]:
     return [
         Text.assemble(f"{subject}: ", (comparison.summary(), style)),
         *(_indented(Text(_sentence(failure), style="red"), 2) for failure in comparison.failures[1:6]),
+        *([] if comparison.parting is None else [_indented(Text(_sentence(_capital(str(comparison.parting)))), 2)]),
         *(_indented(Text(_sentence(note), style="dim"), 2) for note in comparison.notes),
     ]
 
