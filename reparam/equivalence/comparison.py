@@ -9,6 +9,9 @@ from typing import Any, Literal
 Location = Literal["interior", "border", "no spatial dims"]
 Status = Literal["passed", "failed", "skipped", "no evidence"]
 
+ULP_QUANTILES = (0.5, 0.9, 0.99, 0.999)
+ULP_BOUNDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0, 1024.0, math.inf)
+
 
 @dataclass(frozen=True)
 class OutputComparison:
@@ -33,7 +36,15 @@ class OutputComparison:
         cosine: cosine of the angle between candidate and truth (1.0 where both are zero).
         snr_db: 20 log10(RMS of the truth / RMS of the error); infinite where they are equal.
         max_ulp: largest error in units in the last place of the truth's value in the output's dtype.
+        ulp_quantiles: the errors in that unit that `ULP_QUANTILES` of the elements do not exceed (where there are more
+            than half a million elements, of an even subset of them).
+        original_ulp_quantiles: the same of the original.
+        ulp_histogram: for each of `ULP_BOUNDS`, how many elements have an error of at most that many units and more
+            than the bound before it.
         top1_agreement: share of rows with the original's arg-max, where the output is [N, C] with C >= 2.
+        top_k: how many of a row's largest values `topk_agreement` is about: 5, or C - 1 if that is less.
+        topk_agreement: mean share of the original's `top_k` largest values of a row that are among the candidate's, in
+            any order, where the output is [N, C] with C >= 3.
         tolerance: smallest t with |candidate - original| <= t + t * |original| everywhere, both as deployed.
         worst_index: index of the element with the largest absolute error.
         worst_location: whether that lies at a border of the dims behind batch and channel.
@@ -58,7 +69,12 @@ class OutputComparison:
     cosine: float = 1.0
     snr_db: float = math.inf
     max_ulp: float = 0.0
+    ulp_quantiles: tuple[float, ...] = ()
+    original_ulp_quantiles: tuple[float, ...] = ()
+    ulp_histogram: tuple[int, ...] = ()
     top1_agreement: float | None = None
+    top_k: int | None = None
+    topk_agreement: float | None = None
     tolerance: float = 0.0
     worst_index: tuple[int, ...] = ()
     worst_location: Location = "no spatial dims"

@@ -205,7 +205,7 @@ def _measure_floats(
     if rounding is not None and c64 is not None:
         rounding = torch.where(usable & rounding.isfinite(), rounding - c64, zero)
     small = torch.finfo(torch.float64).eps / torch.finfo(noise_dtype).eps
-    figures = _fill(figures, t, o, c, noise if runs.noise is None else noise * small, original.dtype)
+    figures = metrics.filled(figures, t, o, c, noise if runs.noise is None else noise * small, original.dtype)
     # Dividing by the scale first keeps squares in range; ratios do not notice.
     unit = float(t.abs().max()) or 1.0
     s_truth, s_noise = spread(t / unit), spread(noise / unit)
@@ -247,29 +247,8 @@ def _measure_exact(
     if exact is not None and runs.rounded64 is None and bool((exact != t).any()):
         failures.append(f"{figures.name}: {int((exact != t).sum())} of {t.numel()} values differ in float64")
     figures = replace(figures, elements=t.numel(), failures=tuple(failures))
-    return Measured(_fill(figures, t, o, c, o - t, torch.float64))
-
-
-def _fill(
-    figures: OutputComparison,
-    t: torch.Tensor,
-    o: torch.Tensor,
-    c: torch.Tensor,
-    noise: torch.Tensor,
-    dtype: torch.dtype,
-) -> OutputComparison:
-    """The figures that do not depend on a verdict."""
-    flat_index = int((c - t).abs().argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_index), t.shape)) if t.dim() else ()
-    return replace(
-        figures,
-        **metrics.error_metrics(c, t, dtype),
-        original_noise=metrics.relative(metrics.rms(noise), metrics.rms(t)),
-        top1_agreement=metrics.top1_agreement(c, o),
-        tolerance=metrics.passing_tolerance(c, o),
-        worst_index=index,
-        worst_location=metrics.location(index, tuple(t.shape)),
-    )
+    figures = metrics.filled(figures, t, o, c, o - t, torch.float64)
+    return Measured(replace(figures, top1_agreement=None, top_k=None, topk_agreement=None))
 
 
 def _per_channel(error: Spread, noise: Spread, truth: Spread, elements: int, rules: Rules) -> float:

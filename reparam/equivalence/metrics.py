@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from reparam.equivalence.comparison import Location
+from reparam.equivalence.comparison import ULP_BOUNDS, ULP_QUANTILES, Location, OutputComparison
 from reparam.inputs import Inputs
 
 # Enough to tell one sample from many; counting more costs a sort of the whole tensor.
 _MAX_COUNTED = 1 << 14
+_MAX_SORTED = 1 << 18
+MOST_TOP = 5
 
 
 def rms(values: torch.Tensor) -> float:
@@ -28,6 +31,7 @@ def error_metrics(candidate: torch.Tensor, truth: torch.Tensor, dtype: torch.dty
     error = candidate - truth
     magnitude = error.abs()
     scale, error_rms, truth_rms = float(truth.abs().max()), rms(error), rms(truth)
+    ulps = (magnitude / ulp(truth, dtype)).flatten()
     return {
         "max_abs": float(magnitude.max()),
         "mean_abs": float(magnitude.mean()),
@@ -36,8 +40,41 @@ def error_metrics(candidate: torch.Tensor, truth: torch.Tensor, dtype: torch.dty
         "numeric_error": relative(error_rms, truth_rms),
         "cosine": cosine(candidate, truth),
         "snr_db": snr_db(truth_rms, error_rms),
-        "max_ulp": float((magnitude / ulp(truth, dtype)).max()),
+        "max_ulp": float(ulps.max()),
+        "ulp_quantiles": ulp_quantiles(ulps),
+        "ulp_histogram": ulp_histogram(ulps),
     }
+
+
+def filled(
+    figures: OutputComparison,
+    t: torch.Tensor,
+    o: torch.Tensor,
+    c: torch.Tensor,
+    noise: torch.Tensor,
+    dtype: torch.dtype,
+) -> OutputComparison:
+    """`figures` with all that depend on no verdict, of truth, original and candidate.
+
+    Args:
+        noise: of the original, which need not be `o - t`.
+        dtype: as for `error_metrics`.
+    """
+    flat_index = int((c - t).abs().argmax())
+    k, agreement = topk_agreement(c, o)
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_index), t.shape)) if t.dim() else ()
+    return replace(
+        figures,
+        **error_metrics(c, t, dtype),
+        original_noise=relative(rms(noise), rms(t)),
+        original_ulp_quantiles=ulp_quantiles(((o - t).abs() / ulp(t, dtype)).flatten()),
+        top1_agreement=top1_agreement(c, o),
+        top_k=k,
+        topk_agreement=agreement,
+        tolerance=passing_tolerance(c, o),
+        worst_index=index,
+        worst_location=location(index, tuple(t.shape)),
+    )
 
 
 def relative(error: float, scale: float) -> float:
@@ -70,11 +107,35 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.full_like(values, info.eps), exponent)
 
 
+def ulp_quantiles(ulps: torch.Tensor) -> tuple[float, ...]:
+    """For each of `ULP_QUANTILES` the smallest error that at least this share of the errors [n], n >= 1, is within.
+
+    Above 2^19 errors those of an even subset of more than half as many: sorting more takes longer than the model does.
+    """
+    ordered = ulps[:: max(1, ulps.numel() // _MAX_SORTED)].sort().values
+    return tuple(float(ordered[math.ceil(share * ordered.numel()) - 1]) for share in ULP_QUANTILES)
+
+
+def ulp_histogram(ulps: torch.Tensor) -> tuple[int, ...]:
+    """How many of the errors [n] lie between each of `ULP_BOUNDS` (included) and the bound before it."""
+    bounds = torch.tensor(ULP_BOUNDS, dtype=ulps.dtype)
+    return tuple(torch.bincount(torch.bucketize(ulps, bounds), minlength=len(ULP_BOUNDS)).tolist())
+
+
 def top1_agreement(candidate: torch.Tensor, original: torch.Tensor) -> float | None:
     """Share of rows with the same arg-max; None where the output is not [N, C] with C >= 2."""
     if original.dim() != 2 or original.shape[1] < 2 or original.shape[0] == 0:
         return None
     return float((candidate.argmax(1) == original.argmax(1)).double().mean())
+
+
+def topk_agreement(candidate: torch.Tensor, original: torch.Tensor) -> tuple[int | None, float | None]:
+    """k, and the mean share of a row's k largest values that are so in both; None unless [N, C] with C >= 3."""
+    if original.dim() != 2 or original.shape[1] < 3 or original.shape[0] == 0:
+        return None, None
+    k = min(MOST_TOP, original.shape[1] - 1)
+    ours, theirs = candidate.topk(k, 1).indices, original.topk(k, 1).indices
+    return k, float((ours[:, :, None] == theirs[:, None, :]).any(1).double().mean())
 
 
 def passing_tolerance(candidate: torch.Tensor, original: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from reparam.report.evidence import case_line, outputs_of
 from reparam.report.format import (
     SHOWN_PLACES,
     count,
@@ -45,7 +46,7 @@ def render_text(report: Report, console: Console, *, verbose: bool = False) -> N
         ("Undone", _undone(report)),
         ("Left as it is", _refusals(report, verbose)),
         ("Choices", _choices(report, verbose)),
-        ("Equivalence", _equivalence(report)),
+        ("Equivalence", _equivalence(report, verbose)),
         ("Latency", _latency(report)),
         ("Written", _files(report)),
         ("Notes", list(report.notes)),
@@ -184,13 +185,9 @@ def _capital(text: str) -> str:
 
 
 def render_comparison(subject: str, comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
-    """Prints one comparison; with `verbose` also the verdict on each case."""
-    for line in _comparison(subject, comparison):
+    """Prints one comparison; with `verbose` also every figure of each output, and the verdict on each case."""
+    for line in _comparison(subject, comparison, verbose):
         console.print(line)
-    if verbose:
-        for case in comparison.cases:
-            reason = f": {_sentence((*case.failures, *case.notes)[0])}" if case.failures or case.notes else ""
-            console.print(_indented(Text(f"{case.name}: {case.status}{reason}", style="dim"), 2))
 
 
 def render_timing(timing: Timing, console: Console) -> None:
@@ -199,21 +196,28 @@ def render_timing(timing: Timing, console: Console) -> None:
         console.print(line)
 
 
-def _equivalence(report: Report) -> list[RenderableType]:
+def _equivalence(report: Report, verbose: bool = False) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for subject, comparison in (("fused model", report.comparison), ("ONNX file", report.onnx_comparison)):
         if comparison is not None:
-            lines += _comparison(subject, comparison)
+            lines += _comparison(subject, comparison, verbose)
     return lines
 
 
-def _comparison(subject: str, comparison: Comparison) -> list[RenderableType]:
+def _comparison(subject: str, comparison: Comparison, verbose: bool = False) -> list[RenderableType]:
     style = "green" if comparison.passed else "bold red"
+    more: list[RenderableType] = []
+    if verbose:
+        for title, rows in outputs_of(comparison):
+            more.append(_indented(Text(title), 2))
+            more += [_indented(Text(f"{name}: {value}", style="dim"), 4) for name, value in rows]
+        more += [_indented(Text(case_line(case), style="dim"), 2) for case in comparison.cases]
     return [
         Text.assemble(f"{subject}: ", (comparison.summary(), style)),
         *(_indented(Text(_sentence(failure), style="red"), 2) for failure in comparison.failures[1:6]),
         *([] if comparison.parting is None else [_indented(Text(_sentence(_capital(str(comparison.parting)))), 2)]),
         *(_indented(Text(_sentence(note), style="dim"), 2) for note in comparison.notes),
+        *more,
     ]
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reparam.equivalence import metrics
+from reparam.equivalence.comparison import ULP_QUANTILES
 from reparam.equivalence.judge import Judgement, judge, spread, with_weight_rounding
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import Rules, Runs
@@ -79,6 +80,42 @@ def test_top1_agreement_is_for_classifiers() -> None:
     assert metrics.top1_agreement(a.flip(1), a) == 0.0
     assert metrics.top1_agreement(a[:, :1], a[:, :1]) is None
     assert metrics.top1_agreement(a[None], a[None]) is None
+
+
+def test_top_k_agreement_is_the_share_of_the_largest_values_that_both_have() -> None:
+    a = torch.tensor([[9.0, 8, 7, 6, 5, 1, 0], [9, 8, 7, 6, 5, 1, 0]], dtype=torch.float64)
+    assert metrics.topk_agreement(a, a) == (5, 1.0)
+    other = a.clone()
+    other[0, 5] = 10.0  # comes in for the fifth in one of two rows
+    assert metrics.topk_agreement(other, a) == (5, pytest.approx(0.9))
+    assert metrics.topk_agreement(a[:, [1, 0, 2, 3, 4, 5, 6]], a) == (5, 1.0), "the order is top-1's question"
+    assert metrics.topk_agreement(a[:, :3], a[:, :3]) == (2, 1.0)
+    assert metrics.topk_agreement(a.flip(1)[:, :3], a[:, :3])[0] == 2
+    for none in (a[:, :2], a[None], a[:0]):
+        assert metrics.topk_agreement(none, none) == (None, None)
+
+
+def test_ulp_quantiles_and_histogram_count_errors() -> None:
+    ulps = torch.tensor([0.0, 0.5, 0.75, 3.0, 2000.0], dtype=torch.float64)
+    assert metrics.ulp_histogram(ulps) == (2, 1, 0, 1, 0, 0, 0, 0, 0, 1)
+    assert metrics.ulp_quantiles(ulps) == (0.75, 2000.0, 2000.0, 2000.0)
+    assert metrics.ulp_quantiles(ulps[:1]) == (0.0,) * 4
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50))
+def test_quantiles_of_ulps_hold_their_share(errors: list[float]) -> None:
+    ulps = torch.tensor(errors, dtype=torch.float64)
+    for share, value in zip(ULP_QUANTILES, metrics.ulp_quantiles(ulps), strict=True):
+        assert float((ulps <= value).double().mean()) >= share - 1e-12
+        assert float((ulps < value).double().mean()) < share
+    assert sum(metrics.ulp_histogram(ulps)) == len(errors)
+
+
+def test_many_errors_are_sampled_evenly() -> None:
+    ulps = torch.arange(1_200_000, dtype=torch.float64)
+    for share, value in zip(ULP_QUANTILES, metrics.ulp_quantiles(ulps), strict=True):
+        assert value == pytest.approx(share * 1_200_000, rel=1e-4)
 
 
 @pytest.mark.parametrize(
