@@ -10,9 +10,9 @@ import contextlib
 import json
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -117,11 +117,12 @@ def each(
         limit: seconds for one model.
         lost: makes the row of a model that raised, crashed or took too long, from its name and a sentence.
     """
-    waiting = deque(names)
-    workers = [_Worker(function, limit) for _ in range(min(jobs, len(waiting)))]
+    waiting = iter(names)
+    workers: list[_Worker[R]] = []
     try:
-        for worker in workers:
-            worker.ask(waiting.popleft())
+        for name in islice(waiting, jobs):
+            workers.append(_Worker(function, limit))
+            workers[-1].ask(name)
         while busy := [worker for worker in workers if worker.name]:
             left = min(worker.deadline for worker in busy) - time.monotonic()
             ready = connection.wait([worker.channel for worker in busy], max(0.0, left))
@@ -129,8 +130,9 @@ def each(
                 if worker.channel not in ready and time.monotonic() < worker.deadline:
                     continue
                 name, answer = worker.name, worker.answer()
-                if waiting:
-                    worker.ask(waiting.popleft())
+                following = next(waiting, None)  # asked for late: it may depend on the time
+                if following is not None:
+                    worker.ask(following)
                 yield lost(name, answer.reason) if isinstance(answer, _Raised) else answer
     finally:
         for worker in workers:
@@ -141,7 +143,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options of every sweep."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--models", metavar="REGEX", default="", help="only models whose names match")
-    parser.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="processes, of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--again", choices=("failed",), help="try these again although they are in the file")
     return parser
 

@@ -162,7 +162,7 @@ def _measure_tensor(name: str, original: torch.Tensor, candidate: torch.Tensor, 
         return _failed(figures, f"{name}: the original itself returns something else in float64")
     if candidate.shape != original.shape:
         return _failed(figures, f"{name} has shape {list(candidate.shape)} and should have {list(original.shape)}")
-    if rules.check_dtypes and candidate.dtype != original.dtype:
+    if rules.check_dtypes and runs.numeric and candidate.dtype != original.dtype:
         return _failed(figures, f"{name} is {_name(candidate.dtype)} and should be {_name(original.dtype)}")
     if original.numel() == 0:
         return Measured(replace(figures, notes=(f"{name} has no elements",)))
@@ -211,7 +211,7 @@ def _measure_floats(
     s_truth, s_noise = spread(t / unit), spread(noise / unit)
     s_rounding = None if rounding is None else spread(rounding / unit)
     numeric = algebra = None
-    if rules.dtype != torch.float64:
+    if rules.dtype != torch.float64 and runs.numeric:
         allowed = s_noise
         if s_rounding is not None:
             allowed = with_weight_rounding(s_noise, s_rounding, s_truth, torch.finfo(dtype).eps)
@@ -244,7 +244,7 @@ def _measure_exact(
     if wrong > rules.noise_factor * own and bool((c != o).any()):
         failures.append(f"{figures.name}: {wrong} of {t.numel()} values differ ({own} in the original itself)")
     exact = _leaf(runs.candidate64, figures.name, t)
-    if exact is not None and runs.rounded64 is None and bool((exact != t).any()):
+    if exact is not None and runs.numeric and runs.rounded64 is None and bool((exact != t).any()):
         failures.append(f"{figures.name}: {int((exact != t).sum())} of {t.numel()} values differ in float64")
     figures = replace(figures, elements=t.numel(), failures=tuple(failures))
     figures = metrics.filled(figures, t, o, c, o - t, torch.float64)

@@ -46,6 +46,7 @@ class Runs:
             None if none were changed.
         algebra_is_exact: whether `candidate64` has unrounded weights, so that the algebra needs no allowance for that.
         given: how many different values the input has; None if that is not known.
+        numeric: whether `candidate` is the deployed one; else it is `candidate64`, and only the algebra is asked.
         noise: the original in `noise_dtype`, where the deployment dtype is float64 and shows no noise of its own.
     """
 
@@ -58,6 +59,7 @@ class Runs:
     noise: Flat | None = None
     noise_dtype: torch.dtype | None = None
     algebra_is_exact: bool = False
+    numeric: bool = True
 
 
 @dataclass(frozen=True)

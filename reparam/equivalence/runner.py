@@ -3,14 +3,17 @@
 What a forward pass costs is counted in float64 forward passes of the original on the example inputs: one pass of either
 model costs the number of input elements over the example's, half of that in a narrower dtype (half the bytes, twice the
 lanes; a CPU that only emulates half precision is slower than that). The candidate counts like the original, though a
-fused one is cheaper. `standard` stays within `BUDGET` of them: a case that no longer fits is asked the numeric question
-only, which needs fewer passes, or left out with a note.
+fused one is cheaper. `standard` stays within `BUDGET` of them: a case that no longer fits is asked one question only,
+which needs fewer passes, or left out with a note. That is the algebra where the candidate's weights before rounding are
+at hand: borders and constants are there for faults of the algebra, and what rounding the weights costs on such inputs,
+coherent as they are, would have to be measured too. Else it is the numeric question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, TypeAlias
 
 import torch
@@ -140,6 +143,14 @@ class _Session:
     notes: list[str] = field(default_factory=list)
 
 
+class Asked(Enum):
+    """Which of the two questions a case is asked."""
+
+    BOTH = "both"
+    ALGEBRA = "algebra"
+    NUMERIC = "numeric"
+
+
 class _RefusedError(Exception):
     """A case that cannot be compared: the original cannot run it, or the candidate says that it is not for it."""
 
@@ -180,14 +191,13 @@ def _run_slot(session: _Session, slot: Slot, budget: float) -> Ran:
     """The first alternative that the original can run; the reasons against the others become notes."""
     notes: list[str] = []
     for case in slot:
-        full, numeric = _price(session, case, True), _price(session, case, False)
-        algebra = case.seed is None or session.spent + full <= budget
-        if not algebra and session.spent + numeric > budget:
+        asked = _affordable(session, case, budget)
+        if asked is None:
             notes.append(f"{case.name}: left out, the budget of {budget:g} forward passes would be exceeded")
             continue
         before = session.spent
         try:
-            ran = _run_case(session, case, algebra)
+            ran = _run_case(session, case, asked)
         except _RefusedError as reason:
             if case.seed is None:
                 raise InputError(
@@ -195,23 +205,37 @@ def _run_slot(session: _Session, slot: Slot, budget: float) -> Ran:
                 ) from reason
             notes.append(f"{case.name}: {reason}")
             continue
-        if not algebra and session.candidate64 is not None:
-            notes.append(f"{case.name}: run in the deployment dtype only, to stay within the budget")
+        if asked is not Asked.BOTH and session.candidate64 is not None:
+            only = "float64" if asked is Asked.ALGEBRA else "the deployment dtype"
+            notes.append(f"{case.name}: run in {only} only, to stay within the budget")
         result = replace(ran.result, notes=(*notes, *ran.result.notes), cost=session.spent - before)
         return replace(ran, result=result)
     last = slot[-1]
     return Ran(CaseResult(last.name, last.seed, last.shapes, "skipped", notes=tuple(notes)))
 
 
-def _price(session: _Session, case: Case, algebra: bool) -> float:
+def _affordable(session: _Session, case: Case, budget: float) -> Asked | None:
+    """The most that can be asked of a case; None if nothing can. Of the example everything is."""
+    if case.seed is None or session.spent + _price(session, case, Asked.BOTH) <= budget:
+        return Asked.BOTH
+    fewer = Asked.ALGEBRA if session.exact and session.candidate64 is not None else Asked.NUMERIC
+    return fewer if session.spent + _price(session, case, fewer) <= budget else None
+
+
+def _price(session: _Session, case: Case, asked: Asked) -> float:
     """What a case costs."""
     if session.rules.dtype == torch.float64:
         return case.relative_size * (2.0 + _NARROW_COST)
-    wide = 1 + (0 if not algebra else (session.candidate64 is not None) + (session.rounded64 is not None))
-    return case.relative_size * (wide + 2 * _NARROW_COST)
+    exact, rounded = session.candidate64 is not None, session.rounded64 is not None
+    wide, narrow = {
+        Asked.BOTH: (1 + exact + rounded, 2),
+        Asked.NUMERIC: (1, 2),
+        Asked.ALGEBRA: (1 + exact, 1),
+    }[asked]
+    return case.relative_size * (wide + narrow * _NARROW_COST)
 
 
-def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
+def _run_case(session: _Session, case: Case, asked: Asked) -> Ran:
     """Runs one case.
 
     Raises:
@@ -220,8 +244,13 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
     truth, original, noise = _run_original(session, case)
     result = CaseResult(case.name, case.seed, case.shapes, "failed")
     candidate64: Flat | None = None
+    wide_only = asked is Asked.ALGEBRA and session.rules.dtype != torch.float64
     try:
-        candidate = _call(session, session.candidate, case, None)
+        if wide_only:
+            assert session.candidate64 is not None
+            candidate = candidate64 = _call(session, session.candidate64, case, torch.float64)
+        else:
+            candidate = _call(session, session.candidate, case, None)
     except OtherInputError as error:
         if case.seed is not None:
             raise _RefusedError(f"the candidate refuses it ({str(error).rstrip('.')})") from error
@@ -232,7 +261,7 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
     rounded64: Flat | None = None
     if session.rules.dtype == torch.float64 and session.original is None:
         candidate64 = candidate
-    elif algebra and session.candidate64 is not None:
+    elif asked is Asked.BOTH and session.candidate64 is not None:
         candidate64, rounded64 = _run_float64(session, case)
     runs = Runs(
         truth,
@@ -244,6 +273,7 @@ def _run_case(session: _Session, case: Case, algebra: bool) -> Ran:
         noise,
         None if noise is None else torch.float32,
         session.exact,
+        not wide_only,
     )
     measured, failures = measure(runs, session.rules)
     return Ran(replace(result, failures=failures), truth, measured)

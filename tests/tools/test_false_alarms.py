@@ -1,0 +1,59 @@
+"""The table of false alarms: what each outcome is called, and what is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tools import false_alarms
+from tools.false_alarms import Row, markdown
+
+
+def verdict(passed: bool | None = True, undone: int = 0, noise: float | None = 1e-6, said: str = "") -> dict[str, Any]:
+    return {
+        "passed": passed, "undone": undone, "error": 2e-6, "noise": noise, "nearest": 0.4, "cost": 10.0, "said": said,
+    }  # fmt: skip
+
+
+OUTCOMES = [
+    (1e-12, verdict(), "agrees"),
+    (1e-3, verdict(), "missed fault"),
+    (None, verdict(), "missed fault"),
+    (1e-12, verdict(passed=False), "false alarm"),
+    (1e-12, verdict(undone=1), "false alarm"),
+    (1e-12, verdict(passed=False, noise=0.9), "drowned"),
+    (1e-12, verdict(passed=False, noise=None), "drowned"),
+    (1e-3, verdict(passed=False), "right alarm"),
+    (1e-12, verdict(passed=None), "not fused"),
+]
+
+
+@pytest.mark.parametrize(("float64_error", "said", "outcome"), OUTCOMES)
+def test_outcome(float64_error: float | None, said: dict[str, Any], outcome: str) -> None:
+    row = Row("net", "family", float64_error=float64_error, verdicts={"float32": said})
+    assert row.outcome("float32") == outcome
+    assert row.failed == (outcome not in ("agrees", "drowned"))
+    assert outcome in row.line
+
+
+def test_a_real_model_agrees_in_every_dtype() -> None:
+    row = false_alarms.measured("test_resnet", false_alarms.DTYPES)
+    assert row.error == ""
+    assert row.exact
+    assert [row.outcome(dtype) for dtype in false_alarms.DTYPES] == ["agrees"] * 3
+    assert all(0 < row.verdicts[dtype]["noise"] < 0.5 for dtype in false_alarms.DTYPES)
+
+
+def test_table_counts_and_lists_what_does_not_agree() -> None:
+    rows = [
+        Row("a", "f", parameters=10, float64_error=1e-12, verdicts={"float32": verdict()}),
+        Row("b", "f", parameters=20, float64_error=1e-12, verdicts={"float32": verdict(False, said="too | far")}),
+        Row("c", "f", error="it was killed"),
+    ]
+    facts = {"torch": "2", "timm": "1", "reparam": "abc", "hardware": "a processor", "sizes": {"a": 1, "b": 2, "c": 3}}
+    text = markdown(rows, facts)
+    assert "3 of timm's 3 models were tried" in text
+    assert "| float32 | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 2 | 0.4 | 10 |" in text
+    assert "- b, float32: false alarm (float64 error 1.0e-12, the original's noise 1e-06): too / far" in text
+    assert "- c: it was killed" in text

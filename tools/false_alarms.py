@@ -1,0 +1,311 @@
+"""Fuses every model of timm in float32, float16 and bfloat16 with the usual verification, and lists its alarms.
+
+    python tools/false_alarms.py [--models REGEX] [--dtypes float32,float16,bfloat16] [--most-parameters 1e8] [--jobs 2]
+        [--seconds S] [--limit 300] [--out FOLDER] [--again failed]
+
+The algebra of every fused model is also held against the original in float64 by this script's own comparison: where
+that agrees to 1e-9 and verification has raised an alarm (the model was refused, or a rewrite undone), the alarm was
+false; where it does not agree, the alarm was right, and if there was none, a fault was missed. An original that
+overflows, or whose own rounding noise in a dtype is as large as its answers, is counted apart: nothing can be told
+there, whoever asks.
+
+Weights are random, BatchNorms are calibrated, images as small as 64 x 64 where the model takes them. Models go by size,
+smallest first. Results go to `false_alarms.json` and `.md`: a run that was stopped goes on where it was, unless the
+engine has changed since. Exit status 1 if there is an alarm or a missed fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from tools import sweep, timm_zoo  # noqa: E402
+from tools.layer_counts import errors, output_of  # noqa: E402
+from tools.record import engine_revision, first_line, write  # noqa: E402
+
+OUT = ROOT / "tools" / "results"
+DTYPES = ("float32", "float16", "bfloat16")
+LIMIT = 300.0
+"""Seconds for one model in all dtypes."""
+TOLERANCE = 1e-9
+"""Relative error that is allowed in float64."""
+DROWNED = 0.5
+"""Relative error of an original in its own dtype from which on nothing can be said of its fused model."""
+SAVE_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Row(sweep.ModelRow):
+    """What verification said of one model.
+
+    Attributes:
+        parameters: as built.
+        image: size of the example, channels first, without the batch.
+        float64_error: of the fused model, by this script; None if it was not reached.
+        verdicts: by dtype: `passed`, `undone` (how many rewrites), `error` and `noise` (relative to the truth in
+            float64; None if not finite), `nearest` (largest ratio of error to bar; at most 1 passes), `cost` (forward
+            passes), `said` (the alarm, or why fusing failed).
+        seconds: in all.
+        error: why nothing could be asked.
+    """
+
+    parameters: int = 0
+    image: str = ""
+    float64_error: float | None = None
+    verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the algebra is right."""
+        return self.float64_error is not None and self.float64_error <= TOLERANCE
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.error) or any(self.outcome(dtype) in BAD for dtype in self.verdicts)
+
+    @property
+    def line(self) -> str:
+        return self.error or ", ".join(f"{dtype}: {self.outcome(dtype)}" for dtype in self.verdicts)
+
+    def outcome(self, dtype: str) -> str:
+        """One of the words that the table counts."""
+        verdict = self.verdicts[dtype]
+        if verdict["passed"] and not verdict["undone"]:
+            return "agrees" if self.exact else "missed fault"
+        if verdict["passed"] is None:
+            return "not fused"
+        if not self.exact:
+            return "right alarm"
+        noise = verdict["noise"]
+        return "drowned" if noise is None or noise >= DROWNED else "false alarm"
+
+
+BAD = ("false alarm", "missed fault", "right alarm", "not fused")
+
+
+def measured(name: str, dtypes: Sequence[str]) -> Row:
+    """Fuses and verifies one model in each dtype."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    facts: dict[str, Any] = {}
+    verdicts: dict[str, dict[str, Any]] = {}
+    try:
+        model, x = timm_zoo.create_small(name)
+        facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        facts["image"] = "x".join(map(str, x.shape[1:]))
+        facts["float64_error"] = _float64_error(model, x)
+        for dtype in dtypes:
+            verdicts[dtype] = _verdict(copy.deepcopy(model).to(getattr(torch, dtype)), x.to(getattr(torch, dtype)))
+    except Exception as error:
+        facts["error"] = first_line(error)
+    seconds = round(time.perf_counter() - start, 1)
+    return Row(name, timm_zoo.family(name), **facts, verdicts=verdicts, seconds=seconds)
+
+
+def _float64_error(model: nn.Module, x: torch.Tensor) -> float | None:
+    import reparam
+
+    double, wide = copy.deepcopy(model).double(), x.double()
+    fused = reparam.fuse(double, wide, verify=False).module
+    error = errors(output_of(double, wide), output_of(fused, wide))[1]
+    return error if math.isfinite(error) else None
+
+
+def _verdict(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    """What `fuse` with its usual verification says."""
+    import reparam
+
+    said = ""
+    try:
+        report = reparam.fuse(model, x).report
+    except reparam.NotEquivalentError as error:
+        report, said = error.report, first_line(error)
+    except Exception as error:
+        return {"passed": None, "undone": 0, "error": None, "noise": None, "said": first_line(error)}
+    comparison = report.comparison
+    if report.undone:
+        said = said or report.undone[0].failure
+    return {
+        "passed": comparison.passed,
+        "undone": len(report.undone),
+        "error": _finite(comparison.numeric_error),
+        "noise": _finite(comparison.original_noise),
+        "nearest": _finite(max((output.worst_ratio for output in comparison.outputs), default=math.inf)),
+        "cost": round(comparison.cost, 2),
+        "said": said,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+class Measure:
+    """`measured` with its dtypes, so that another process finds it."""
+
+    def __init__(self, dtypes: Sequence[str]) -> None:
+        self.dtypes = tuple(dtypes)
+
+    def __call__(self, name: str) -> Row:
+        return measured(name, self.dtypes)
+
+
+def lost(name: str, why: str) -> Row:
+    """The row of a model whose process ended."""
+    return Row(name, timm_zoo.family(name), error=why)
+
+
+def size(name: str) -> tuple[str, int]:
+    """Parameters of a model; built without memory for the weights."""
+    warnings.simplefilter("ignore")
+    with torch.device("meta"):
+        return name, sum(parameter.numel() for parameter in timm_zoo.import_timm().create_model(name).parameters())
+
+
+def sizes(jobs: int) -> dict[str, int]:
+    """Parameters of every model."""
+    print("building every model on the meta device, to know its size", flush=True)
+    with get_context("spawn").Pool(jobs) as pool:
+        return dict(pool.imap_unordered(size, timm_zoo.import_timm().list_models(), chunksize=16))
+
+
+def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+    """The totals, the closest calls, and one line for each alarm."""
+    dtypes = [dtype for dtype in DTYPES if any(dtype in row.verdicts for row in rows)]
+    lines = [
+        "# Does verification raise false alarms?",
+        "",
+        f"`python tools/false_alarms.py`, torch {facts['torch']}, timm {facts['timm']}, reparam at {facts['reparam']}, "
+        f"{facts['hardware']}.",
+        "",
+        f"{len(rows)} of timm's {len(facts['sizes'])} models were tried, up to "
+        f"{max((row.parameters for row in rows), default=0) / 1e6:.0f} million parameters. "
+        f"{sum(row.exact for row in rows)} fused models are exact in float64 by this script's own comparison "
+        f"(1e-9), and {sum(bool(row.error) for row in rows)} could not be asked. Drowned: exact, but the original's "
+        f"own rounding noise in that dtype is {DROWNED:.0%} of its answers or more, or it overflows, so that "
+        "verification rightly refuses to say that the two agree.",
+        "",
+        "| dtype | models | agrees | false alarms | drowned | missed faults | right alarms | not fused "
+        "| median error / noise | nearest to the bar | forward passes, median |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *(_totals(dtype, rows) for dtype in dtypes),
+        "",
+        *_alarms(rows, dtypes),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _totals(dtype: str, rows: Sequence[Row]) -> str:
+    mine = [row for row in rows if dtype in row.verdicts]
+    counts = Counter(row.outcome(dtype) for row in mine)
+    agree = [row.verdicts[dtype] for row in mine if row.outcome(dtype) == "agrees"]
+    ratios = [one["error"] / one["noise"] for one in agree if one["error"] is not None and one["noise"]]
+    nearest = max((one["nearest"] for one in agree if one["nearest"] is not None), default=None)
+    words = ("agrees", "false alarm", "drowned", "missed fault", "right alarm", "not fused")
+    cells = [dtype, len(mine), *(counts[word] for word in words), _short(_median(ratios)), _short(nearest)]
+    return f"| {' | '.join(map(str, cells))} | {_short(_median(one['cost'] for one in agree))} |"
+
+
+def _alarms(rows: Sequence[Row], dtypes: Sequence[str]) -> Iterator[str]:
+    """A line for each row that does not agree."""
+    odd = [(row, dtype) for row in rows for dtype in dtypes if dtype in row.verdicts and row.outcome(dtype) != "agrees"]
+    if odd:
+        yield from ("What does not agree:", "")
+    for row, dtype in odd:
+        verdict = row.verdicts[dtype]
+        noise = "not finite" if verdict["noise"] is None else f"{verdict['noise']:.2g}"
+        exact = "not finite" if row.float64_error is None else f"{row.float64_error:.1e}"
+        figures = f"float64 error {exact}, the original's noise {noise}"
+        yield f"- {row.model}, {dtype}: {row.outcome(dtype)} ({figures}): {verdict['said'].replace('|', '/')}"
+    broken = [row for row in rows if row.error]
+    if broken:
+        yield from ("", "Could not be asked:", "", *(f"- {row.model}: {row.error}" for row in broken))
+
+
+def _median(values: Iterable[float]) -> float | None:
+    held = sorted(values)
+    return held[len(held) // 2] if held else None
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def save(rows: Mapping[str, Row], facts: Mapping[str, Any], out: Path) -> None:
+    """Writes both files."""
+    held = sorted(rows.values(), key=lambda row: (row.parameters, row.model))
+    sweep.save_rows(out / "false_alarms.json", facts, held)
+    write(out / "false_alarms.md", markdown(held, facts))
+
+
+def parse() -> argparse.Namespace:
+    parser = sweep.arguments(__doc__)
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="with commas between")
+    parser.add_argument("--most-parameters", type=float, default=math.inf, help="only models of up to so many")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further model is begun")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", default=LIMIT, help="for one model")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the files are and go")
+    args = parser.parse_args()
+    args.dtypes = args.dtypes.split(",")
+    if wrong := set(args.dtypes) - set(DTYPES):
+        parser.error(f"--dtypes: {', '.join(sorted(wrong))} is none of {', '.join(DTYPES)}")
+    return args
+
+
+def _sizes_on_file(path: Path, timm_version: str) -> dict[str, int]:
+    held = json.loads(path.read_text()) if path.exists() else {}
+    return dict(held.get("sizes", {})) if held.get("timm") == timm_version else {}
+
+
+def main() -> int:
+    """Runs the sweep from the command line."""
+    from reparam.bench.machine import hardware_name
+
+    args = parse()
+    start = time.monotonic()
+    timm_version = timm_zoo.import_timm().__version__
+    path = args.out / "false_alarms.json"
+    known = _sizes_on_file(path, timm_version) or sizes(args.jobs)
+    facts = {
+        "reparam": engine_revision(),
+        "torch": torch.__version__,
+        "timm": timm_version,
+        "hardware": hardware_name(torch.device("cpu")),
+        "sizes": known,
+    }
+    rows = sweep.kept(sweep.load_rows(path, facts["reparam"], Row), args)
+    by_size = sorted((size, name) for name, size in known.items() if size <= args.most_parameters)
+    names = sweep.missing([name for _, name in by_size], rows, args)
+
+    def in_time() -> Iterator[str]:
+        for name in names:
+            if time.monotonic() - start < args.seconds:
+                yield name
+
+    made = sweep.each(Measure(args.dtypes), in_time(), args.jobs, args.limit, lost)
+    return sweep.run(made, len(names), rows, lambda held: save(held, facts, args.out), SAVE_EVERY)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
