@@ -20,7 +20,8 @@ from reparam.graph.normal import normalise, restore_in_place
 from reparam.passes import ASKING, Pass
 from reparam.passes.base import Place, Refusal, Rewrite
 from reparam.passes.ledger import allowed
-from reparam.report import OperationCounts
+from reparam.picture import side_by_side, taken
+from reparam.report import GraphView, OperationCounts
 
 Change = TypeVar("Change", Rewrite, Refusal)
 
@@ -34,6 +35,7 @@ class Piece:
         captured: the graph it was made from.
         rewrites, refusals: by the passes.
         before, after: operations.
+        graph: both graphs, for the report.
     """
 
     module: fx.GraphModule
@@ -42,6 +44,7 @@ class Piece:
     refusals: tuple[Refusal, ...]
     before: OperationCounts
     after: OperationCounts
+    graph: GraphView
 
 
 def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece:
@@ -55,7 +58,7 @@ def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece
         normalise(graph, root)
         _round_literals(graph, root)
         refuse_random(graph, root, model)
-        before = OperationCounts(**count_operations(graph, root))
+        before, first = OperationCounts(**count_operations(graph, root)), taken(graph, root)
         rewrites: list[Rewrite] = []
         refusals: list[Refusal] = []
         for step in passes:
@@ -64,11 +67,12 @@ def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece
             made, left = step.run(graph, root)
             rewrites += made
             refusals += left
-        after = OperationCounts(**count_operations(graph, root))
+        after, last = OperationCounts(**count_operations(graph, root)), taken(graph, root)
         restore_in_place(graph, root)
         module = built(root, graph, model)
         _lay_out_as(module, model)
-    return Piece(module, captured, tuple(rewrites), tuple(refusals), before, after)
+    view = side_by_side(first, last, rewrites)
+    return Piece(module, captured, tuple(rewrites), tuple(refusals), before, after, view)
 
 
 def _whole(step: Pass) -> Rewrite:

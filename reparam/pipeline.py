@@ -33,7 +33,8 @@ from reparam.passes.cost import CostModel, cost_model
 from reparam.passes.explain import Choices
 from reparam.passes.ledger import Ledger, kept_in
 from reparam.piece import Piece, fused, total, under
-from reparam.report import OperationCounts, Report
+from reparam.report import GraphView, OperationCounts, Report
+from reparam.report.view import joined
 from reparam.stages import Progress, Stages
 from reparam.undo import Attempt, without_faults
 
@@ -151,6 +152,7 @@ def fuse(
         environment=_environment(),
         seconds=stages.seconds,
         notes=(*_notes_of(said), *made.notes),
+        graph=joined([("", made.graph, len(said))]),
     )
     if comparison is not None and not comparison.passed:
         raise NotEquivalentError(
@@ -213,6 +215,7 @@ class _Made:
     rewrites: tuple[Rewrite, ...]
     refusals: tuple[Refusal, ...]
     notes: tuple[str, ...]
+    graph: GraphView
     choices: Choices | None = None
 
 
@@ -289,7 +292,7 @@ def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], sta
     counts = (piece.before, piece.after)
     return _Made(
         *(made, captured.how, (piece,), lambda: float64_twin(made), *counts),
-        *(piece.rewrites, piece.refusals, captured.notes),
+        *(piece.rewrites, piece.refusals, captured.notes, piece.graph),
     )
 
 
@@ -326,7 +329,17 @@ def _made_of_parts(
             *map(str, whole.outside),
             *(f"{path}: {note}" for path, piece in pieces.items() for note in piece.captured.notes),
         ),
+        _graphs(pieces),
     )
+
+
+def _graphs(pieces: Mapping[str, Piece]) -> GraphView:
+    """The graphs of all parts."""
+    parts, earlier = [], 0
+    for path, piece in pieces.items():
+        parts.append((path, piece.graph, earlier))
+        earlier += len(piece.rewrites)
+    return joined(parts)
 
 
 def _require_values(model: nn.Module) -> None:

@@ -59,7 +59,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         for room in ("algebra", "graph", "passes", "capture", "equivalence", "export", "bench", "report")
     ),
 }
-MAY_IMPORT["piece"] = MAY_IMPORT["pipeline"]
+MAY_IMPORT["picture"] = ("reparam.graph", "reparam.passes.base", "reparam.passes.ledger", "reparam.report")
+MAY_IMPORT["piece"] = (*MAY_IMPORT["pipeline"], "reparam.picture")
 MAY_IMPORT["partial"] = (*MAY_IMPORT["piece"], "reparam.piece")
 MAY_IMPORT["undo"] = ("reparam.equivalence", "reparam.passes")
 MAY_IMPORT["pipeline"] = (*MAY_IMPORT["partial"], "reparam.partial", "reparam.undo")
@@ -70,7 +71,7 @@ MAY_IMPORT["compare"] = ("reparam.bench", "reparam.capture", "reparam.equivalenc
 MAY_IMPORT["cli"] = (*MAY_IMPORT["workflow"], "reparam.workflow", "reparam.compare", "reparam.source")
 MAY_IMPORT["__main__"] = ("reparam.cli",)
 
-FX_ROOMS = {"capture", "graph", "passes", "piece", "partial"}
+FX_ROOMS = {"capture", "graph", "passes", "picture", "piece", "partial"}
 ONNX = re.compile(r"(onnx\w*|torch\.onnx)(\.|$)")
 NEVER_AT_IMPORT = re.compile(r"(timm|torchvision|torchaudio|sklearn)(\.|$)")
 LIGHT_ROOMS = {"cli", "report", "__init__", "errors"}  # `reparam --help` must not wait for torch

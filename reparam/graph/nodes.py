@@ -16,6 +16,13 @@ def place(node: fx.Node) -> Place:
     return Place(node.meta.get("module_path") or node.name, node.meta.get("source"))
 
 
+def stand_for(new: fx.Node, old: fx.Node) -> None:
+    """Says that a new node is in the user's model where an old one was, for which it was made."""
+    new.meta["module_path"] = old.meta.get("module_path", old.name)
+    new.meta["source"] = old.meta.get("source")
+    new.meta["stands_for"] = old.name
+
+
 def info(node: fx.Node) -> TensorInfo | None:
     """Shape, dtype and device of the node's value for the example inputs, if it is a tensor."""
     found = node.meta.get("tensor")

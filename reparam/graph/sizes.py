@@ -178,7 +178,7 @@ def spell_out(graph: fx.Graph) -> None:
                 sizes.append(graph.call_method("size", (like, axis)))
                 sizes[-1].meta = {"number": size, **{k: node.meta.get(k) for k in ("module_path", "source")}}
             wide = graph.call_method("reshape", (node.args[0], tuple(sizes)))
-        wide.meta = dict(node.meta)
+        wide.meta = {"stands_for": node.name, **node.meta}
         node.replace_all_uses_with(wide)
         graph.erase_node(node)
 

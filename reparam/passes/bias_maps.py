@@ -23,7 +23,7 @@ from reparam.graph.constants import Constants
 from reparam.graph.emit import Constant, insert_constant
 from reparam.graph.lift import Carried, Concatenated, LiftTable, Sliced
 from reparam.graph.lifted import LiftedGraph
-from reparam.graph.nodes import described, info, place
+from reparam.graph.nodes import described, info, place, stand_for
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.sizes import read_elsewhere, spell_out
 from reparam.graph.table import TABLE
@@ -96,7 +96,7 @@ class BiasMaps:
             for part in _parts(end, region, set(search.ends)):
                 found = self._better(part, end, search, without)
                 rewrite = None if found is None else self._rewrite(found, part, root)
-                if found is not None and rewrite is not None and allowed(rewrite):
+                if found is not None and rewrite is not None and allowed(rewrite, *part.cone):
                     rewrites.append(rewrite)
                     _check_sizes(part.cone, region, replaced, graph)
                     exact = _value_for_zeros(part.end, part.cone, region)
@@ -238,7 +238,7 @@ def _write(
         constant = insert_constant(graph, root, end.name, value, lambda: Constant(exact))
         total = graph.call_function(torch.add, (replaced[end], constant))
     for node in (constant, total):
-        node.meta.update({key: end.meta.get(key) for key in ("module_path", "source")})
+        stand_for(node, end)
     total.meta["tensor"] = tensor
     replaced[end] = total
     end.replace_all_uses_with(total)

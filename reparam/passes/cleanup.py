@@ -73,7 +73,7 @@ class Cleanup:
                 refusals.append(Refusal(self.name, place(node), kind(node, root), why, "leave the addition out"))
                 continue
             rewrite = Rewrite(self.name, place(node), (described(node, root),), "", identity)
-            if not allowed(rewrite):
+            if not allowed(rewrite, node):
                 continue
             rewrites.append(rewrite)
             node.replace_all_uses_with(source)

@@ -63,7 +63,7 @@ class Collapse:
         for node, plan in plans.items():
             cone = search.cone(node)
             rewrite = self._rewrite(plan, cone, root, search)
-            if not allowed(rewrite):
+            if not allowed(rewrite, *cone):
                 continue
             rewrites.append(rewrite)
             replaced[node] = write(plan, graph, root, replaced, names.for_cone(cone, root, len(plan.layers)), written)

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from reparam.graph.constants import Constants
 from reparam.graph.emit import Constant, insert_constant
-from reparam.graph.nodes import attribute, escapes, info, kind, module_of, place, replace_by_literal
+from reparam.graph.nodes import attribute, escapes, info, kind, module_of, place, replace_by_literal, stand_for
 from reparam.graph.normal import eliminate_dead_code
 from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.ledger import allowed
@@ -78,7 +78,7 @@ class ConstantFolding:
                 refusals.append(_too_large(node, added, root))
                 continue
             rewrite = self._rewrite(node, cone, root)
-            if not allowed(rewrite):
+            if not allowed(rewrite, *cone):
                 continue
             left -= max(added, 0)
             rewrites.append(rewrite)
@@ -101,7 +101,7 @@ def _fold(node: fx.Node, constants: Constants, graph: fx.Graph, root: nn.Module)
     value = exact.to(tensor.dtype).to(tensor.device).contiguous().clone()
     with graph.inserting_before(node):
         made = insert_constant(graph, root, node.name, value, _remembered(exact))
-    made.meta.update({key: node.meta.get(key) for key in ("module_path", "source")})
+    stand_for(made, node)
     node.replace_all_uses_with(made)
 
 

@@ -44,18 +44,18 @@ class FixedSizes:
         spell_out(graph)
         fixed = _Fixed(graph, root, LiftedGraph(graph, root, self.table, Constants(graph, root)).sizes)
         found = {node: value for node in graph.nodes if (value := fixed.value(node)) is not None}
-        rewrites = []
+        rewrites = {}
         for node, value in found.items():
             if any(user not in found and user.target not in CHECKS for user in node.users):
-                rewrites.append(Rewrite(self.name, place(node), (described(node, root),), str(value), _IDENTITY))
-        if not all(map(allowed, rewrites)):
+                rewrites[node] = Rewrite(self.name, place(node), (described(node, root),), str(value), _IDENTITY)
+        if not all(allowed(rewrite, node) for node, rewrite in rewrites.items()):
             return [], []  # they hang together
         for node, value in reversed(found.items()):
             _drop_checks(node)
             replace_by_literal(node, value)
         for source in fixed.inputs:
             check_sizes(source, graph)
-        return rewrites, []
+        return list(rewrites.values()), []
 
 
 class _Fixed:

@@ -49,7 +49,7 @@ class InferenceForm:
                 refusals.append(what)
             elif what is not None:
                 rewrite = Rewrite(self.name, place(node), (described(node, root),), "", what)
-                if not allowed(rewrite):
+                if not allowed(rewrite, node):
                     continue
                 rewrites.append(rewrite)
                 _replace(node, node.args[0] if node.args else node.kwargs["input"])

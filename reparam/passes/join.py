@@ -32,7 +32,7 @@ from reparam.graph.constants import Constants
 from reparam.graph.emit import Layer, exact_layer_for, insert_layer, layer_for
 from reparam.graph.lift import Lifted, LiftTable
 from reparam.graph.lifted import LiftedGraph
-from reparam.graph.nodes import attribute, described, info, kind, module_of, place
+from reparam.graph.nodes import attribute, described, info, kind, module_of, place, stand_for
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.sizes import Sizes
 from reparam.graph.table import TABLE
@@ -79,7 +79,7 @@ class Join:
                 refusals.append(Refusal(self.name, place(group[0].node), subject, why.reason, why.remedy))
                 continue
             rewrite = self._rewrite(joined, made, root)
-            if not allowed(rewrite):
+            if not allowed(rewrite, *(branch.node for branch in joined)):
                 continue
             rewrites.append(rewrite)
             _replace(joined, made, graph, root)
@@ -283,7 +283,7 @@ def _replace(group: list[Branch], made: Layer, graph: fx.Graph, root: nn.Module)
         parts = graph.call_function(torch.split_with_sizes, (whole, [branch.channels for branch in group], first.axis))
         slices = [graph.call_function(operator.getitem, (parts, index)) for index in range(len(group))]
     for new in (whole, parts, *slices):
-        new.meta.update({key: first.node.meta.get(key) for key in ("module_path", "source")})
+        stand_for(new, first.node)
     whole.meta["tensor"] = replace(first.result, shape=tuple(shape))
     parts.meta["aliases"] = (whole,)
     for branch, part in zip(group, slices, strict=True):

@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from torch import fx
+
 from reparam.passes.base import Rewrite
 
 Key: TypeAlias = "tuple[str, str, str | None, tuple[str, ...]]"
@@ -31,17 +33,21 @@ class Ledger:
         undone: rewrites that are not made.
         most: how many are made; None for all.
         made: those that were.
+        replaced: for each of them, by `id`, the names of the nodes that it replaced, and of those they stood for.
     """
 
     undone: frozenset[Key] = frozenset()
     most: int | None = None
     made: list[Rewrite] = field(default_factory=list)
+    replaced: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
-    def allows(self, rewrite: Rewrite) -> bool:
-        """Whether a rewrite may be made; if so, it is entered."""
+    def allows(self, rewrite: Rewrite, *nodes: fx.Node) -> bool:
+        """Whether a rewrite, which replaces `nodes`, may be made; if so, it is entered."""
         if key_of(rewrite) in self.undone or (self.most is not None and len(self.made) >= self.most):
             return False
         self.made.append(rewrite)
+        names = (name for node in nodes for name in (node.name, node.meta.get("stands_for")) if name is not None)
+        self.replaced[id(rewrite)] = tuple(dict.fromkeys(names))
         return True
 
 
@@ -58,7 +64,13 @@ def kept_in(ledger: Ledger) -> Iterator[Ledger]:
         _LEDGER.reset(token)
 
 
-def allowed(rewrite: Rewrite) -> bool:
-    """Whether a pass may make a rewrite; it must ask right before it does."""
+def allowed(rewrite: Rewrite, *nodes: fx.Node) -> bool:
+    """Whether a pass may make a rewrite, which replaces `nodes`; it must ask right before it does."""
     ledger = _LEDGER.get()
-    return ledger is None or ledger.allows(rewrite)
+    return ledger is None or ledger.allows(rewrite, *nodes)
+
+
+def replaced_by(rewrite: Rewrite) -> tuple[str, ...]:
+    """Names of the nodes that a rewrite replaced, and of those that they stood for; empty if no ledger is kept."""
+    ledger = _LEDGER.get()
+    return () if ledger is None else ledger.replaced.get(id(rewrite), ())

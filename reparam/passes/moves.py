@@ -28,7 +28,7 @@ from reparam.capture.captured import TensorInfo
 from reparam.graph.commuting import Commuting
 from reparam.graph.emit import Layer, insert_layer, layer_for
 from reparam.graph.lift import LiftTable
-from reparam.graph.nodes import described, free_name, info, kind, place
+from reparam.graph.nodes import described, free_name, info, kind, place, stand_for
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
@@ -57,7 +57,7 @@ class Moves:
                 plan = None if node in gone else _planned(node, surroundings)
                 if isinstance(plan, _Plan):
                     rewrite = self._rewrite(plan, root)
-                    if not allowed(rewrite):
+                    if not allowed(rewrite, *plan.going):
                         continue
                     rewrites.append(rewrite)
                     _apply(plan, graph, root)
@@ -328,6 +328,5 @@ def _inserted(
         made = insert_layer(graph, root, source, layer, free_name(root, run.result))
     if made is not source:
         made.meta["tensor"] = tensor
-        made.meta["module_path"] = run.result.meta.get("module_path", run.result.name)
-        made.meta["source"] = run.result.meta.get("source")
+        stand_for(made, run.result)
     return made

@@ -26,7 +26,17 @@ from torch import fx, nn
 from reparam.algebra import Inexact
 from reparam.graph.emit import Layer, insert_layer, layer_for
 from reparam.graph.lift import Call, CallRow, CallTable, LiftTable
-from reparam.graph.nodes import described, free_name, info, is_parametrized, kind, module_of, place, set_module
+from reparam.graph.nodes import (
+    described,
+    free_name,
+    info,
+    is_parametrized,
+    kind,
+    module_of,
+    place,
+    set_module,
+    stand_for,
+)
 from reparam.graph.table import TABLE
 from reparam.passes.base import Cost, Refusal, Rewrite
 from reparam.passes.cost import CostModel
@@ -137,7 +147,7 @@ class NormWeights:
             if not isinstance(layer, Layer) or any(answer is not True for answer in readers):
                 continue
             rewrite = self._rewrite(node, run, before, after, root)
-            if allowed(rewrite):
+            if allowed(rewrite, node):
                 rewrites.append(rewrite)
                 _separate(node, layer, graph, root)
         return rewrites, refusals
@@ -199,7 +209,7 @@ def _separate(node: fx.Node, layer: Layer, graph: fx.Graph, root: nn.Module) -> 
         if constant.op == "get_attr":
             made.prepend(constant)
     for new in (bare, made):
-        new.meta.update({key: node.meta.get(key) for key in ("module_path", "source")})
+        stand_for(new, node)
         new.meta["tensor"] = info(node)
     node.replace_all_uses_with(made)
     graph.erase_node(node)

@@ -150,6 +150,7 @@ def write(
         new.meta.setdefault("tensor", info(node))
         new.meta.setdefault("module_path", node.meta.get("module_path", ""))
         new.meta.setdefault("source", node.meta.get("source"))
+        new.meta.setdefault("stands_for", node.name)
         new = new.prev
     return total
 

@@ -70,7 +70,7 @@ class Repeats:
                 what = described(node, root)
                 identity = "f(x) and f(x) are one tensor"
                 rewrite = Rewrite(self.name, place(node), (what,), f"the same in {place(earlier)}", identity)
-                if not allowed(rewrite):
+                if not allowed(rewrite, node):
                     continue
                 rewrites.append(rewrite)
             node.replace_all_uses_with(earlier)

@@ -27,7 +27,7 @@ from reparam.algebra import Inexact, from_scale_shift
 from reparam.checks import CHECKS
 from reparam.graph.emit import Layer, insert_layer, layer_for
 from reparam.graph.lift import LiftTable
-from reparam.graph.nodes import described, free_name, info, kind, pinned, place
+from reparam.graph.nodes import described, free_name, info, kind, pinned, place, stand_for
 from reparam.graph.normal import eliminate_dead_code
 from reparam.graph.sizes import Atom, Sizes, example_size, shape_read, size_read
 from reparam.graph.table import TABLE
@@ -74,7 +74,7 @@ class Scores:
                 node.meta["refused"] = Refusal(self.name, place(node), kind(node, root), why.reason, why.remedy)
                 continue
             rewrite = self._rewrite(plan, node, root)
-            if not allowed(rewrite):
+            if not allowed(rewrite, node):
                 continue
             rewrites.append(rewrite)
             _apply(plan, run, graph, root)  # what is known of other nodes stays true
@@ -253,7 +253,7 @@ def _apply(plan: _Plan, run: Scaling, graph: fx.Graph, root: nn.Module) -> None:
     for constant in made.all_input_nodes:
         if order[constant] > order[made]:
             made.prepend(constant)
-    made.meta.update({key: node.meta.get(key) for key in ("module_path", "source")})
+    stand_for(made, node)
     made.meta["tensor"] = info(layer)
     layer.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
     node.replace_all_uses_with(run.source)

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from reparam.report.values import OperationCounts, Report
+from reparam.report.view import GraphView, NodeView
 
-__all__ = ["OperationCounts", "Report"]
+__all__ = ["GraphView", "NodeView", "OperationCounts", "Report"]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from reparam.bench import Timing
     from reparam.equivalence import Comparison
     from reparam.passes.base import Choice, Refusal, Rewrite, Undone
+    from reparam.report.view import GraphView
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Report:
         environment: versions, hardware and settings, by name.
         seconds: stage -> wall-clock time it took, in seconds.
         notes: further sentences for the user.
+        interrupted: what was being done when the run was interrupted from the keyboard; empty if it was not.
+        graph: the graph before and after, and which part became which; None if it is not known.
     """
 
     model: str
@@ -80,6 +83,17 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    interrupted: str = ""
+    graph: GraphView | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether the run was interrupted before everything was measured."""
+        return bool(self.interrupted) or any(timing is not None and timing.partial for timing in self._timings)
+
+    @property
+    def _timings(self) -> tuple[Timing | None, ...]:
+        return (self.timing, self.onnx_timing)
 
     @property
     def equivalent(self) -> bool | None:
@@ -108,6 +122,9 @@ class Report:
                 "environment": dict(self.environment),
                 "seconds": dict(self.seconds),
                 "notes": list(self.notes),
+                "partial": self.partial,
+                "interrupted": self.interrupted,
+                "graph": self.graph and self.graph.to_dict(),
             }
         )
         assert isinstance(plain, dict)
