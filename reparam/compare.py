@@ -12,6 +12,7 @@ from torch import nn
 
 from reparam.bench import Timing, benchmark
 from reparam.capture.formats import Format, identify
+from reparam.data import LIMIT
 from reparam.equivalence import Comparison, verify
 from reparam.errors import InputError
 from reparam.export import OnnxSession
@@ -23,7 +24,13 @@ Runnable: TypeAlias = "nn.Module | OnnxSession"
 
 
 def verify_files(
-    source: Source, candidate: str, *, level: str = "standard", progress: Progress | None = None
+    source: Source,
+    candidate: str,
+    *,
+    level: str = "standard",
+    data: str | None = None,
+    data_limit: int = LIMIT,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Whether the model in the file `candidate` computes what the model of `source` computes.
 
@@ -32,6 +39,7 @@ def verify_files(
         candidate: a file of any format that can be loaded or run. `source` says who builds the model in it and what it
             may hold.
         level: how thoroughly, as for `reparam.verify`.
+        data, data_limit: the user's own inputs, as for `reparam.verify`.
         progress: called with a few words when a stage starts.
 
     Raises:
@@ -50,7 +58,15 @@ def verify_files(
     tell("verifying")
     runtime = isinstance(other, OnnxSession)
     vary = not isinstance(other, OnnxSession) or other.takes_other_sizes(list(inputs.tensors()))
-    return verify(model, other, inputs, level=level, seed=source.seed, vary_shapes=vary, check_structure=not runtime)
+    return verify(
+        *(model, other, inputs),
+        level=level,
+        seed=source.seed,
+        vary_shapes=vary,
+        check_structure=not runtime,
+        data=data,
+        data_limit=data_limit,
+    )
 
 
 def bench_files(

@@ -20,6 +20,7 @@ from reparam.capture.scripts import graph_of_script
 from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
 from reparam.chance import refusal
+from reparam.data import LIMIT, Batch, Data, read
 from reparam.equivalence import parting
 from reparam.equivalence import verify as verify_modules
 from reparam.errors import CaptureError, InputError, NotEquivalentError, UnfitModelError
@@ -69,6 +70,8 @@ def fuse(
     inference_form: Mapping[str | type[nn.Module], Form] | None = None,
     passes: Sequence[Pass] | None = None,
     strict: bool = False,
+    data: Data | None = None,
+    data_limit: int = LIMIT,
     progress: Progress | None = None,
 ) -> FuseResult:
     """Turns a model into its inference form: the fewest layers that compute the same function.
@@ -99,6 +102,8 @@ def fuse(
             in eval mode is refused without it.
         passes: the passes to run, in order, in place of the usual ones; they bring their own prices.
         strict: whether a rewrite that verification finds at fault is an error; else it is undone (`report.undone`).
+        data: inputs of your own on which the two are compared besides; as for `reparam.verify`.
+        data_limit: the most rows, images or batches of it.
         progress: called with a few words when a stage starts.
 
     Returns:
@@ -123,13 +128,16 @@ def fuse(
         raise InputError(f"fixed_sizes={fixed_sizes!r} is neither True nor False")
     stages = Stages(progress)
     inputs = Inputs.of(example_inputs)
+    if data is not None and level == "off":
+        raise InputError("data is there to be compared on, and verify is off; leave out one of the two")
+    batches, prepared = read(data, model, inputs, limit=data_limit)
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         name = model.original_name
         with stages("converting from TorchScript"):
             model = graph_of_script(model, inputs)
     reference, said = in_inference_form(model, inference_form)
-    job = _Job(reference, inputs, capture, level, seed, stages, passes, prices, explain, fixed_sizes)
+    job = _Job(reference, inputs, capture, level, seed, stages, passes, prices, explain, fixed_sizes, batches)
     with _explained(model, reference, inputs):
         attempt = job.attempt(Ledger())
     undone: tuple[Undone, ...] = ()
@@ -151,7 +159,7 @@ def fuse(
         comparison=comparison,
         environment=_environment(),
         seconds=stages.seconds,
-        notes=(*_notes_of(said), *made.notes),
+        notes=(*_notes_of(said), *prepared, *made.notes),
         graph=joined([("", made.graph, len(said))]),
     )
     if comparison is not None and not comparison.passed:
@@ -233,6 +241,7 @@ class _Job:
     prices: CostModel
     explain: bool
     fixed_sizes: bool
+    data: tuple[Batch, ...]
 
     def attempt(self, ledger: Ledger, only: frozenset[str] | None = None) -> Attempt[_Made]:
         """Fuses as the ledger allows, and verifies on the input cases named, or on all of the level."""
@@ -252,6 +261,7 @@ class _Job:
                 seed=self.seed,
                 candidate_float64=twin,
                 only=only,
+                data=self.data,
                 find_parting=False,
             )
         return Attempt(made, ledger, comparison)

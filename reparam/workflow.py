@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from reparam.bench import Timing, benchmark
+from reparam.data import LIMIT, Batch, read
 from reparam.equivalence import Comparison, verify
 from reparam.errors import ExportError, InputError, NotEquivalentError
 from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
@@ -43,6 +44,8 @@ class Request(Source):
         explain: whether to report what was compared for each region.
         inference_form: what modules are at inference; as for `reparam.fuse`.
         verify: how thoroughly the results are checked: quick, standard, thorough, or off.
+        data: the user's own inputs, which are compared besides: a folder of images, `.npy`, `.npz`, or
+            `package.module:function`; None for none. `data_limit` of them at most.
         strict: whether a rewrite that is found at fault is an error, and not undone.
         fixed_sizes: whether the fused model may run at the example's sizes only, the batch apart.
         onnx, archive: which files to write.
@@ -57,6 +60,8 @@ class Request(Source):
     inference_form: Mapping[Any, Any] = field(default_factory=dict)
     fixed_sizes: bool = False
     verify: str = "standard"
+    data: str | None = None
+    data_limit: int = LIMIT
     strict: bool = False
     onnx: bool = True
     archive: bool = True
@@ -84,6 +89,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     targets = output_paths(request)
     with stages("loading the model"):
         model, inputs, specs = request.load()
+        batches, prepared = read(request.data, model, inputs, limit=request.data_limit)
     result = fuse(
         model,
         inputs,
@@ -96,12 +102,14 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         inference_form=request.inference_form,
         verify=request.verify,
         strict=request.strict,
+        data=batches if request.data is not None else None,
         progress=progress,
     )
     report = replace(
         result.report,
         model=f"{result.report.model} from {request.path}",
         environment={**result.report.environment, "inputs": ", ".join(map(str, specs)), "seed": str(request.seed)},
+        notes=(*prepared, *result.report.notes),
     )
     with _staging(targets) as folder:
         staged: dict[str, Path] = {}
@@ -117,7 +125,8 @@ def run(request: Request, progress: Progress | None = None) -> Report:
                 notes += [f"ONNX: {note}" for note in file.notes]
             if request.verify != "off":
                 with stages("verifying the ONNX file"):
-                    comparison = _verify_onnx(result.reference, session, file, inputs, request.seed, request.verify)
+                    asked = (request.seed, request.verify, batches)
+                    comparison = _verify_onnx(result.reference, session, file, inputs, *asked)
                 report = replace(report, onnx_comparison=comparison)
         report = replace(report, notes=(*report.notes, *notes), seconds={**stages.seconds, **report.seconds})
         _require_equivalent(report)
@@ -144,7 +153,13 @@ def _explained(report: Report) -> Iterator[None]:
 
 
 def _verify_onnx(
-    model: nn.Module, session: OnnxSession, file: OnnxFile, inputs: Inputs, seed: int, level: str = "standard"
+    model: nn.Module,
+    session: OnnxSession,
+    file: OnnxFile,
+    inputs: Inputs,
+    seed: int,
+    level: str = "standard",
+    data: tuple[Batch, ...] = (),
 ) -> Comparison:
     """The file in its runtime against the original model; with other sizes where the file leaves them open."""
     tensors = dict(zip(file.inputs, inputs.tensors(), strict=False))
@@ -154,7 +169,14 @@ def _verify_onnx(
         for axis in range(tensor.ndim)
         if axis != 1
     )
-    return verify(model, session, inputs, level=level, seed=seed, vary_shapes=is_open, check_structure=False)
+    return verify(
+        *(model, session, inputs),
+        level=level,
+        seed=seed,
+        vary_shapes=is_open,
+        check_structure=False,
+        data=data,
+    )
 
 
 def _require_equivalent(report: Report) -> None:

@@ -50,13 +50,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "graph": ("reparam.algebra", CAPTURED, *PASS_VALUES),
     "passes": ("reparam.algebra", "reparam.graph", CAPTURED),
     "capture": (),
-    "equivalence": (),
+    "data": ("reparam.capture.imports",),
+    "equivalence": ("reparam.data",),
     "export": (),
     "bench": (),
     "report": RESULT_VALUES,
     "pipeline": tuple(
         f"reparam.{room}"
-        for room in ("algebra", "graph", "passes", "capture", "equivalence", "export", "bench", "report")
+        for room in ("algebra", "graph", "passes", "capture", "data", "equivalence", "export", "bench", "report")
     ),
 }
 MAY_IMPORT["picture"] = ("reparam.graph", "reparam.passes.base", "reparam.passes.ledger", "reparam.report")
@@ -67,13 +68,15 @@ MAY_IMPORT["pipeline"] = (*MAY_IMPORT["partial"], "reparam.partial", "reparam.un
 MAY_IMPORT["__init__"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline")
 MAY_IMPORT["source"] = ("reparam.capture",)
 MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam", "reparam.source")
-MAY_IMPORT["compare"] = ("reparam.bench", "reparam.capture", "reparam.equivalence", "reparam.export", "reparam.source")
+MAY_IMPORT["compare"] = (
+    *("reparam.bench", "reparam.capture", "reparam.data", "reparam.equivalence", "reparam.export", "reparam.source"),
+)
 MAY_IMPORT["cli"] = (*MAY_IMPORT["workflow"], "reparam.workflow", "reparam.compare", "reparam.source")
 MAY_IMPORT["__main__"] = ("reparam.cli",)
 
 FX_ROOMS = {"capture", "graph", "passes", "picture", "piece", "partial"}
 ONNX = re.compile(r"(onnx\w*|torch\.onnx)(\.|$)")
-NEVER_AT_IMPORT = re.compile(r"(timm|torchvision|torchaudio|sklearn)(\.|$)")
+NEVER_AT_IMPORT = re.compile(r"(timm|torchvision|torchaudio|sklearn|PIL)(\.|$)")
 LIGHT_ROOMS = {"cli", "report", "__init__", "errors"}  # `reparam --help` must not wait for torch
 
 PUBLISHED = re.compile(

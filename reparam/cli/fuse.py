@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from reparam.cli.options import output_options, source_options
+from reparam.cli.options import data_options, output_options, source_options
 from reparam.cli.terminal import Show, guarded, print_report
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     "--verify", "verify", type=click.Choice(["quick", "standard", "thorough", "off"]), default="standard",
     show_default=True, help="How thoroughly the result is checked against MODEL.",
 )  # fmt: skip
+@data_options
 @click.option("--strict", is_flag=True, help="Fail if a rewrite had to be undone.")
 @click.option("--explain", is_flag=True, help="Show for each region what was compared, and why one form won.")
 @click.option("--no-onnx", is_flag=True, help="Write no ONNX file.")

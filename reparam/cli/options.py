@@ -39,6 +39,17 @@ source_options = options(
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of all random inputs."),
 )  # fmt: skip
+data_options = options(
+    click.option(
+        "--data", metavar="DATA",
+        help="Your own inputs, compared besides: a folder of images, .npy, .npz (an array for each input, under its "
+        "name), or package.module:function, which yields batches.",
+    ),
+    click.option(
+        "--data-limit", type=click.IntRange(min=1), default=32, show_default=True,
+        help="The most images, rows or batches of DATA.",
+    ),
+)  # fmt: skip
 output_options = options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output, nothing else."),
     click.option("-v", "--verbose", is_flag=True, help="Show every detail."),

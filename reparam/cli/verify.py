@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from reparam.cli.options import output_options, source_of, source_options
+from reparam.cli.options import data_options, output_options, source_of, source_options
 from reparam.cli.terminal import Show, console_for, guarded
 from reparam.errors import NotEquivalentError
 
@@ -24,8 +24,18 @@ if TYPE_CHECKING:
     "--level", type=click.Choice(["quick", "standard", "thorough"]), default="standard", show_default=True,
     help="How many inputs are tried.",
 )  # fmt: skip
+@data_options
 @output_options
-def verify_command(candidate: str, level: str, as_json: bool, verbose: bool, debug: bool, **flags: Any) -> None:
+def verify_command(
+    candidate: str,
+    level: str,
+    data: str | None,
+    data_limit: int,
+    as_json: bool,
+    verbose: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
     """Tells whether CANDIDATE computes what ORIGINAL computes, up to the original's own rounding noise.
 
     ORIGINAL is whatever `reparam fuse` takes; CANDIDATE may be an ONNX file too.
@@ -37,7 +47,8 @@ def verify_command(candidate: str, level: str, as_json: bool, verbose: bool, deb
         from reparam.compare import verify_files
         from reparam.report.text import render_comparison
 
-        comparison = verify_files(source_of(flags, "original"), candidate, level=level, progress=progress)
+        source = source_of(flags, "original")
+        comparison = verify_files(source, candidate, level=level, data=data, data_limit=data_limit, progress=progress)
 
         def show() -> int:
             if as_json:

@@ -10,5 +10,15 @@ from reparam.equivalence.comparison import CaseResult, Comparison, OutputCompari
 from reparam.equivalence.measure import compare_outputs
 from reparam.equivalence.parting import parting
 from reparam.equivalence.runner import verify
+from reparam.equivalence.session import Elsewhere
 
-__all__ = ["CaseResult", "Comparison", "OutputComparison", "Parting", "compare_outputs", "parting", "verify"]
+__all__ = [
+    "CaseResult",
+    "Comparison",
+    "Elsewhere",
+    "OutputComparison",
+    "Parting",
+    "compare_outputs",
+    "parting",
+    "verify",
+]

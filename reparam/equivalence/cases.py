@@ -8,11 +8,12 @@ are drawn from the values that stand in the example; booleans and tensors withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from reparam.data import Batch
 from reparam.errors import InputError
 from reparam.inputs import Inputs
 
@@ -26,15 +27,22 @@ class Case:
 
     Attributes:
         name: what it is.
-        seed: of the generator that drew it; None if nothing was drawn.
+        seed: of the generator that drew it; None if nothing was drawn: it was given.
         inputs: the arguments.
         relative_size: elements of its tensors over those of the example's, the measure of what a forward pass costs.
+        is_example: whether it is the example.
     """
 
     name: str
     seed: int | None
     inputs: Inputs
     relative_size: float = 1.0
+    is_example: bool = False
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the user gave it, so that it is run whatever it costs and both models have to run it."""
+        return self.seed is None
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -45,20 +53,26 @@ class Case:
 Slot = tuple[Case, ...]
 
 
-def plan(inputs: Inputs, level: str, seed: int, vary_shapes: bool = True) -> Iterator[Slot]:
+def plan(inputs: Inputs, level: str, seed: int, vary_shapes: bool = True, data: Sequence[Batch] = ()) -> Iterator[Slot]:
     """The slots of a level, most important first; all with the example's shapes if these must not vary.
+
+    Args:
+        data: what the user gave besides; it comes last.
 
     Raises:
         InputError: there is no such level.
     """
     if level not in LEVELS:
         raise InputError(f"there is no verification level {level!r}; choose one of {', '.join(LEVELS)}")
-    yield (Case("example", None, inputs),)
+    yield (Case("example", None, inputs, is_example=True),)
     maker = _Maker(inputs, seed, vary_shapes)
     if level == "standard":
         yield from _standard(maker)
     elif level == "thorough":
         yield from _thorough(maker)
+    for batch in data:
+        elements = sum(tensor.numel() for tensor in batch.inputs.tensors() if tensor.dim())
+        yield (Case(batch.name, None, batch.inputs, elements / maker.elements),)
 
 
 def _standard(make: _Maker) -> Iterator[Slot]:

@@ -205,7 +205,8 @@ def _measure_floats(
     if rounding is not None and c64 is not None:
         rounding = torch.where(usable & rounding.isfinite(), rounding - c64, zero)
     small = torch.finfo(torch.float64).eps / torch.finfo(noise_dtype).eps
-    figures = metrics.filled(figures, t, o, c, noise if runs.noise is None else noise * small, original.dtype)
+    other_dtype = runs.noise is not None and runs.noise_dtype != rules.dtype
+    figures = metrics.filled(figures, t, o, c, noise * small if other_dtype else noise, original.dtype)
     # Dividing by the scale first keeps squares in range; ratios do not notice.
     unit = float(t.abs().max()) or 1.0
     s_truth, s_noise = spread(t / unit), spread(noise / unit)

@@ -39,7 +39,7 @@ class Runs:
     """What the models returned on one input; flattened.
 
     Attributes:
-        truth: the original in float64.
+        truth: the original in float64; what it returns in the deployment dtype if it does not run in float64.
         original, candidate: in the deployment dtype.
         candidate64: the candidate in float64; None if the algebra is not asked.
         rounded64: the candidate in float64 with its changed weights disturbed by a rounding, to see what that costs;
@@ -47,7 +47,8 @@ class Runs:
         algebra_is_exact: whether `candidate64` has unrounded weights, so that the algebra needs no allowance for that.
         given: how many different values the input has; None if that is not known.
         numeric: whether `candidate` is the deployed one; else it is `candidate64`, and only the algebra is asked.
-        noise: the original in `noise_dtype`, where the deployment dtype is float64 and shows no noise of its own.
+        noise: another run of the original in `noise_dtype`, where `original` shows no noise: the deployment dtype is
+            float64, or the truth is not known better than by `original`.
     """
 
     truth: Flat

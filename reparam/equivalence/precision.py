@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -154,22 +154,28 @@ def _run(
         return result
 
 
-def disturbed(candidate: nn.Module, original: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module | None:
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Its parameters and buffers, by name."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def disturbed(
+    candidate: nn.Module, reference: Mapping[str, torch.Tensor], dtype: torch.dtype, seed: int
+) -> nn.Module | None:
     """A float64 copy of `candidate` whose changed weights are wrong by what rounding them to `dtype` makes them wrong.
 
-    Each element moves by up to a unit roundoff of itself. One that stands unchanged in the original has not been
-    rounded and stays: a candidate is excused for no more than it did.
+    Each element moves by up to a unit roundoff of itself. One that stands unchanged in `reference`, the original's, has
+    not been rounded and stays: a candidate is excused for no more than it did.
 
     Returns:
         None if nothing was changed.
     """
-    reference = dict(original.named_parameters()) | dict(original.named_buffers())
     known = {_fingerprint(tensor): tensor for tensor in reference.values() if tensor.is_floating_point()}
     generator = torch.Generator().manual_seed(seed)
     copied = private_copy(candidate, "candidate", torch.float64)
-    targets = dict(copied.named_parameters()) | dict(copied.named_buffers())
+    targets = named_tensors(copied)
     found = False
-    for name, tensor in (dict(candidate.named_parameters()) | dict(candidate.named_buffers())).items():
+    for name, tensor in named_tensors(candidate).items():
         if not tensor.is_floating_point():
             continue
         same = reference.get(name)
@@ -188,9 +194,9 @@ def rounding_failures(candidate: Any, candidate_float64: nn.Module) -> tuple[str
     """Sentences on weights of `candidate` that are not the float64 ones rounded to its dtype (one ULP is allowed)."""
     if not isinstance(candidate, nn.Module):
         return ()
-    exact = dict(candidate_float64.named_parameters()) | dict(candidate_float64.named_buffers())
+    exact = named_tensors(candidate_float64)
     failures = []
-    for name, tensor in (dict(candidate.named_parameters()) | dict(candidate.named_buffers())).items():
+    for name, tensor in named_tensors(candidate).items():
         wanted = exact.pop(name, None)
         if wanted is None or wanted.shape != tensor.shape:
             failures.append(f"weight {name} has no counterpart of its shape in the float64 candidate")

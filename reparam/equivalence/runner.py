@@ -12,13 +12,13 @@ coherent as they are, would have to be measured too. Else it is the numeric ques
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from reparam.data import LIMIT, Data, read
 from reparam.equivalence.cases import Case, Slot, plan
 from reparam.equivalence.comparison import CaseResult, Comparison, Parting
 from reparam.equivalence.gather import Ran, gather
@@ -27,26 +27,17 @@ from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules,
 from reparam.equivalence.metrics import distinct_values
 from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.parting import parting
-from reparam.equivalence.precision import (
-    PrivateCopy,
-    deployment_dtype,
-    disturbed,
-    first_line,
-    rounding_failures,
-    run,
-)
+from reparam.equivalence.precision import deployment_dtype, first_line, rounding_failures, run
+from reparam.equivalence.session import Asked, Elsewhere, Session, session_of
 from reparam.errors import InputError, OtherInputError
 from reparam.inputs import ExampleInputs, Inputs
 
-Model: TypeAlias = "Callable[..., Any] | PrivateCopy"
-
 BUDGET = 10.0
-_NARROW_COST = 0.5
 
 
 def verify(
-    original: nn.Module,
-    candidate: nn.Module | Callable[..., Any],
+    original: nn.Module | Elsewhere,
+    candidate: nn.Module | Elsewhere | Callable[..., Any],
     example_inputs: ExampleInputs,
     *,
     level: str = "standard",
@@ -59,6 +50,8 @@ def verify(
     check_structure: bool = True,
     only: frozenset[str] | None = None,
     find_parting: bool = True,
+    data: Data | None = None,
+    data_limit: int = LIMIT,
 ) -> Comparison:
     """Whether `candidate` computes what `original` computes, judged against the original's own rounding noise.
 
@@ -68,7 +61,8 @@ def verify(
     (a runtime session) is asked the second question only. The caller's modules are never changed or run.
 
     Args:
-        original: the reference; run in eval mode.
+        original: the reference; run in eval mode. One that runs elsewhere than in torch is an `Elsewhere`; if that
+            cannot be run in float64, the algebra is not asked, and its noise is estimated (a note says so).
         candidate: a module, or a callable with the same signature.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         level: `quick` runs the example inputs alone; `standard` also other batch and image sizes, random inputs,
@@ -81,37 +75,44 @@ def verify(
             is held to `algebra_tolerance` alone, and the candidate's weights must be its weights rounded once.
             Without it a candidate in a narrower dtype is also allowed what rounding its changed weights explains.
         vary_shapes: False keeps to the example's shapes, for a candidate that was made for these alone.
-        only: names of the cases to run besides the example; None for all of the level.
+        only: names of the cases to run besides the example; None for all.
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
         find_parting: whether, if they do not agree and both are modules, the first tensor is looked for that only the
             original computes (`Comparison.parting`); for two float64 passes that the ten do not count.
+        data: inputs of your own that are compared besides, each a case named after where it comes from: a folder of
+            images, a `.npy` or `.npz` file, `package.module:function`, a function, or an iterable of batches (see
+            `reparam.data.read`). They are run whatever they cost.
+        data_limit: the most rows, images or batches of it.
 
     Raises:
-        InputError: the level does not exist, the original cannot run on the example inputs, a module cannot be
-            copied, or the original draws random numbers from elsewhere than torch, so that no seed repeats its answers.
+        InputError: the level does not exist, the original cannot run on the example inputs or on the data, the data
+            cannot be read or does not fit the example, a module cannot be copied, or the original draws random numbers
+            from elsewhere than torch, so that no seed repeats its answers.
     """
     inputs = Inputs.of(example_inputs)
-    dtype = deployment_dtype(original, inputs)
-    runtime = not isinstance(candidate, nn.Module)
+    dtype = original.dtype if isinstance(original, Elsewhere) else deployment_dtype(original, inputs)
+    runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module))
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
-    session = _session(original, candidate, candidate_float64, rules, seed)
+    session = session_of(original, candidate, candidate_float64, rules, seed)
     misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
     ran, given = [], {}
-    for slot in plan(inputs, level, seed, vary_shapes):
+    batches, prepared = read(data, original, inputs, limit=data_limit)
+    session.notes += prepared
+    for slot in plan(inputs, level, seed, vary_shapes, batches):
         given.update({case.name: case.inputs for case in slot})
-        if only is not None and not any(case.seed is None or case.name in only for case in slot):
+        if only is not None and not any(case.is_example or case.name in only for case in slot):
             continue
         ran.append(_run_slot(session, slot, BUDGET if level == "standard" else float("inf")))
     comparison = gather(
         ran,
         rules,
-        asked_algebra=session.candidate64 is not None and isinstance(candidate, nn.Module),
+        asked_algebra=session.candidate64 is not None and isinstance(candidate, (nn.Module, Elsewhere)),
         misrounded=misrounded,
         notes=tuple(session.notes),
         level=level,
         seed=seed,
     )
-    if comparison.passed or runtime or not find_parting:
+    if comparison.passed or not isinstance(original, nn.Module) or runtime or not find_parting:
         return comparison
     exact = candidate if candidate_float64 is None else candidate_float64
     failed = next((case.name for case in comparison.cases if case.failures), "")
@@ -126,72 +127,15 @@ def _parting(original: nn.Module, candidate: Any, inputs: Inputs, seed: int) -> 
         return None
 
 
-@dataclass
-class _Session:
-    """Private copies of the models, and what has been spent. `candidate64` is None once the algebra cannot be asked."""
-
-    rules: Rules
-    seed: int
-    original64: PrivateCopy
-    original: PrivateCopy | None
-    noise: PrivateCopy | None
-    candidate: Model
-    candidate64: Model | None
-    rounded64: Model | None
-    exact: bool = False
-    spent: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-
-class Asked(Enum):
-    """Which of the two questions a case is asked."""
-
-    BOTH = "both"
-    ALGEBRA = "algebra"
-    NUMERIC = "numeric"
-
-
 class _RefusedError(Exception):
     """A case that cannot be compared: the original cannot run it, or the candidate says that it is not for it."""
 
 
-def _session(
-    original: nn.Module, candidate: Callable[..., Any], candidate_float64: nn.Module | None, rules: Rules, seed: int
-) -> _Session:
-    wide = rules.dtype == torch.float64
-    module = candidate if isinstance(candidate, nn.Module) else None
-    session = _Session(
-        rules,
-        seed,
-        original64=PrivateCopy(original, "original", torch.float64),
-        original=PrivateCopy(original, "original"),
-        noise=PrivateCopy(original, "original", torch.float32) if wide else None,
-        candidate=candidate if module is None else PrivateCopy(module, "candidate"),
-        candidate64=None,
-        rounded64=None,
-    )
-    if wide:
-        session.candidate64 = session.candidate
-    elif candidate_float64 is not None:
-        session.candidate64 = PrivateCopy(candidate_float64, "candidate", torch.float64)
-        session.exact = True
-        # With both at hand, what rounding costs is measured and not estimated.
-        session.rounded64 = (
-            disturbed(candidate_float64, original, rules.dtype, seed)
-            if module is None
-            else PrivateCopy(module, "candidate", torch.float64)
-        )
-    elif module is not None:
-        session.candidate64 = PrivateCopy(module, "candidate", torch.float64)
-        session.rounded64 = disturbed(module, original, rules.dtype, seed)
-    return session
-
-
-def _run_slot(session: _Session, slot: Slot, budget: float) -> Ran:
+def _run_slot(session: Session, slot: Slot, budget: float) -> Ran:
     """The first alternative that the original can run; the reasons against the others become notes."""
     notes: list[str] = []
     for case in slot:
-        asked = _affordable(session, case, budget)
+        asked = session.affordable(case, budget)
         if asked is None:
             notes.append(f"{case.name}: left out, the budget of {budget:g} forward passes would be exceeded")
             continue
@@ -199,9 +143,10 @@ def _run_slot(session: _Session, slot: Slot, budget: float) -> Ran:
         try:
             ran = _run_case(session, case, asked)
         except _RefusedError as reason:
-            if case.seed is None:
+            if case.is_given:
+                what = "the example inputs" if case.is_example else case.name
                 raise InputError(
-                    f"the original cannot run on the example inputs: {reason}; check their shapes and dtypes"
+                    f"the original cannot run on {what}: {reason}; check their shapes and dtypes"
                 ) from reason
             notes.append(f"{case.name}: {reason}")
             continue
@@ -214,28 +159,7 @@ def _run_slot(session: _Session, slot: Slot, budget: float) -> Ran:
     return Ran(CaseResult(last.name, last.seed, last.shapes, "skipped", notes=tuple(notes)))
 
 
-def _affordable(session: _Session, case: Case, budget: float) -> Asked | None:
-    """The most that can be asked of a case; None if nothing can. Of the example everything is."""
-    if case.seed is None or session.spent + _price(session, case, Asked.BOTH) <= budget:
-        return Asked.BOTH
-    fewer = Asked.ALGEBRA if session.exact and session.candidate64 is not None else Asked.NUMERIC
-    return fewer if session.spent + _price(session, case, fewer) <= budget else None
-
-
-def _price(session: _Session, case: Case, asked: Asked) -> float:
-    """What a case costs."""
-    if session.rules.dtype == torch.float64:
-        return case.relative_size * (2.0 + _NARROW_COST)
-    exact, rounded = session.candidate64 is not None, session.rounded64 is not None
-    wide, narrow = {
-        Asked.BOTH: (1 + exact + rounded, 2),
-        Asked.NUMERIC: (1, 2),
-        Asked.ALGEBRA: (1 + exact, 1),
-    }[asked]
-    return case.relative_size * (wide + narrow * _NARROW_COST)
-
-
-def _run_case(session: _Session, case: Case, asked: Asked) -> Ran:
+def _run_case(session: Session, case: Case, asked: Asked) -> Ran:
     """Runs one case.
 
     Raises:
@@ -248,13 +172,14 @@ def _run_case(session: _Session, case: Case, asked: Asked) -> Ran:
     try:
         if wide_only:
             assert session.candidate64 is not None
-            candidate = candidate64 = _call(session, session.candidate64, case, torch.float64)
+            candidate = candidate64 = session.call(session.candidate64, case, torch.float64)
         else:
-            candidate = _call(session, session.candidate, case, None)
+            candidate = session.call(session.candidate, case, None)
     except OtherInputError as error:
-        if case.seed is not None:
+        if not case.is_given:
             raise _RefusedError(f"the candidate refuses it ({str(error).rstrip('.')})") from error
-        return Ran(replace(result, failures=(f"the candidate refuses the example ({error})",)), truth)
+        what = "the example" if case.is_example else "it"
+        return Ran(replace(result, failures=(f"the candidate refuses {what} ({error})",)), truth)
     except Exception as error:
         sentence = f"the candidate cannot run it, the original can ({first_line(error)})"
         return Ran(replace(result, failures=(sentence,)), truth)
@@ -271,7 +196,7 @@ def _run_case(session: _Session, case: Case, asked: Asked) -> Ran:
         rounded64,
         distinct_values(case.inputs),
         noise,
-        None if noise is None else torch.float32,
+        None if noise is None else torch.float32 if session.original64 is not None else session.rules.dtype,
         session.exact,
         not wide_only,
     )
@@ -279,31 +204,39 @@ def _run_case(session: _Session, case: Case, asked: Asked) -> Ran:
     return Ran(replace(result, failures=failures), truth, measured)
 
 
-def _run_original(session: _Session, case: Case) -> tuple[Flat, Flat | None, Flat | None]:
+def _run_original(session: Session, case: Case) -> tuple[Flat, Flat | None, Flat | None]:
     """Truth, deployment run (None if it is the truth), and the run that shows the noise of a float64 model."""
-    drawn: list[str] | None = [] if case.seed is None else None
+    drawn: list[str] | None = [] if case.is_example else None
     try:
-        original = None if session.original is None else _call(session, session.original, case, None, drawn)
+        original = None if session.original is None else session.call(session.original, case, None, drawn)
         if original is not None and drawn:
             _note_chance(session, case, original, drawn)
-        truth = _call(session, session.original64, case, torch.float64)
+        if session.original64 is None:
+            assert original is not None
+            return original, original, _noise(session, case, None)
+        truth = session.call(session.original64, case, torch.float64)
         if original is not None and session.rules.dtype == torch.float64 and identical(original, truth):
             original = session.original = None  # there is no cast in it that the truth leaves out
     except InputError:
         raise
     except Exception as error:
         raise _RefusedError(f"the original itself cannot run it ({first_line(error)})") from error
-    noise = None
-    if session.noise is not None:
-        try:
-            noise = _call(session, session.noise, case, torch.float32)
-        except Exception as error:
-            session.notes.append(f"no float32 run to estimate the rounding noise from ({first_line(error)})")
-            session.noise = None
-    return truth, original, noise
+    return truth, original, _noise(session, case, torch.float32)
 
 
-def _note_chance(session: _Session, case: Case, answer: Flat, drawn: list[str]) -> None:
+def _noise(session: Session, case: Case, dtype: torch.dtype | None) -> Flat | None:
+    """The run that shows the original's noise where its float64 and deployment runs do not."""
+    if session.noise is None:
+        return None
+    try:
+        return session.call(session.noise, case, dtype)
+    except Exception as error:
+        session.notes.append(f"no other run to estimate the rounding noise from ({first_line(error)})")
+        session.noise = None
+    return None
+
+
+def _note_chance(session: Session, case: Case, answer: Flat, drawn: list[str]) -> None:
     """Both models get the same random numbers of torch; from elsewhere they would get different ones.
 
     Raises:
@@ -323,14 +256,14 @@ def _note_chance(session: _Session, case: Case, answer: Flat, drawn: list[str]) 
     )
 
 
-def _run_float64(session: _Session, case: Case) -> tuple[Flat | None, Flat | None]:
+def _run_float64(session: Session, case: Case) -> tuple[Flat | None, Flat | None]:
     """The candidate in float64, and with its changed weights disturbed; if that cannot run, the algebra is dropped."""
     assert session.candidate64 is not None
     try:
-        exact = _call(session, session.candidate64, case, torch.float64)
+        exact = session.call(session.candidate64, case, torch.float64)
         rounded = None
         if session.rounded64 is not None:
-            rounded = _call(session, session.rounded64, case, torch.float64)
+            rounded = session.call(session.rounded64, case, torch.float64)
     except Exception as error:
         session.notes.append(
             f"the candidate does not run in float64, so the algebra is not asked ({first_line(error)})"
@@ -338,12 +271,3 @@ def _run_float64(session: _Session, case: Case) -> tuple[Flat | None, Flat | Non
         session.candidate64 = session.rounded64 = None
         return None, None
     return exact, rounded
-
-
-def _call(
-    session: _Session, model: Model, case: Case, dtype: torch.dtype | None, drawn: list[str] | None = None
-) -> Flat:
-    wide = session.rules.dtype == torch.float64 if dtype is None else dtype == torch.float64
-    session.spent += case.relative_size * (1.0 if wide else _NARROW_COST)
-    default = session.rules.dtype != dtype
-    return run(model, case.inputs, seed=session.seed, dtype=dtype, drawn=drawn, default=default)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click.testing
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,23 @@ def test_builder_and_key_go_to_the_files_that_need_them(
     assert result.exit_code == 0, result.output
     assert invoke("verify", files["model.pt2"], files["weights.pt"], *INPUT, *arch).exit_code == 0
     assert invoke("bench", files["model.pt2"], files["weights.pt"], *INPUT, *arch, "--seconds", 0).exit_code == 0
+
+
+def test_data_is_compared_besides(files: dict[str, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "own.npy", np.ones((3, 3, 8, 8), np.float32))
+    data = ("--data", tmp_path / "own.npy", "--data-limit", 2, "--input", "1x3x8x8")
+    result = invoke("verify", files["model.pt"], files["model.onnx"], *data, "--json", "--level", "quick")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [case["name"] for case in found["cases"]] == ["example", "own.npy row 0", "own.npy row 1"]
+    assert found["notes"] == ["the first 2 of 3 rows of own.npy were tried"]
+    result = invoke("fuse", files["model.pt"], *data, "--json", "--no-bench", "--out", f"{tmp_path}/out/")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    for comparison in (report["comparison"], report["onnx_comparison"]):
+        assert [case["name"] for case in comparison["cases"]][-2:] == ["own.npy row 0", "own.npy row 1"]
+    bad = invoke("verify", files["model.pt"], files["model.onnx"], *INPUT, "--data", "nowhere")
+    assert (bad.exit_code, "nowhere does not exist" in bad.stderr) == (2, True)
 
 
 def test_an_onnx_file_is_no_reference(files: dict[str, Path]) -> None:
