@@ -35,7 +35,11 @@ def engine_revision() -> str:
         return said
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # a machine that got a copy of the files alone
+            return ""
+        return done.stdout.strip()
 
     commit = git("log", "-1", "--format=%h", "--", PACKAGE) or "unknown"
     if commit != "unknown" and not git("status", "--porcelain", "--", PACKAGE):

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,4 +77,52 @@ def system_load() -> float | None:
     try:
         return os.getloadavg()[0]
     except (OSError, AttributeError):
+        return None
+
+
+LOOP_STEPS, LOOP_TRIES = 20_000, 5
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the machine is at one moment.
+
+    Attributes:
+        loop: seconds of a fixed loop on one processor, the best of a few.
+        cpu_mhz: mean clock of the processors; None where the system does not say (virtual machines mostly do not).
+        gpu_mhz: clock of the GPU; None without one, or where nvidia-ml is missing.
+    """
+
+    loop: float
+    cpu_mhz: float | None = None
+    gpu_mhz: float | None = None
+
+
+def pace(device: torch.device) -> Pace:
+    """How fast the machine is now; takes some milliseconds."""
+    return Pace(min(_loop() for _ in range(LOOP_TRIES)), _cpu_mhz(), _gpu_mhz(device))
+
+
+def _loop() -> float:
+    start = time.perf_counter()
+    total = 0
+    for step in range(LOOP_STEPS):
+        total += step * step
+    return time.perf_counter() - start
+
+
+def _cpu_mhz() -> float | None:
+    found = []
+    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(path.read_text()) / 1000)
+    return sum(found) / len(found) if found else None
+
+
+def _gpu_mhz(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    try:
+        return float(torch.cuda.clock_rate(device))
+    except Exception:  # nvidia-ml is missing, or the driver does not tell
         return None

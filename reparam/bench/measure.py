@@ -53,11 +53,13 @@ def measure(
     max_seconds: float,
     seed: int,
     progress: Progress | None = None,
+    warm: Callable[[], None] | None = None,
 ) -> Measured:
     """Warms up until stable, then runs rounds until `max_seconds` are over, but `min_runs` in any case.
 
     The random order within a round keeps a variant from always running behind the same other one. An interrupt from the
-    keyboard ends the measurement; the rounds that were complete are kept.
+    keyboard ends the measurement; the rounds that were complete are kept. `warm` is called when
+    warm-up is over.
     """
     order = random.Random(seed)
     clock = runners[0].clock
@@ -74,6 +76,8 @@ def measure(
             warmup.append(_round(runners, order))
             stable = all(is_stable([one[r.label] for one in warmup]) for r in runners)
             _tell(progress, clock.now() - start, max_seconds, f"warm-up, round {len(warmup)}")
+        if warm is not None:
+            warm()
         while len(rounds) < MOST_ROUNDS:
             if len(rounds) >= min_runs and clock.now() - start > max_seconds:
                 break

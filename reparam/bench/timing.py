@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reparam.bench import statistics
+from reparam.bench.footprint import Footprint
 
 # A smaller difference is not claimed: memory layout alone changes as much from process to process.
 MARGIN = 0.01
@@ -62,6 +63,11 @@ class Timing:
         seed: of the order within the rounds and of the bootstrap.
         partial: whether the measurement was interrupted.
         warnings: what makes the figures doubtful and what to do, a sentence each.
+        conditions: what was measured, by name: batch, size, dtype, layout, CUDA graphs.
+        footprints: label -> memory, space and times other than those per call.
+        backends: label -> backend; empty for a callable that was run as it is.
+        left_out: backend or label -> why it was not measured.
+        reasons: label -> sentences on why it is not faster than its baseline; none where it is.
     """
 
     samples: Mapping[str, tuple[float, ...]]
@@ -74,6 +80,11 @@ class Timing:
     seed: int
     partial: bool = False
     warnings: tuple[str, ...] = field(default=())
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    footprints: Mapping[str, Footprint] = field(default_factory=dict)
+    backends: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
@@ -100,6 +111,22 @@ class Timing:
         """The verdict on each label that has a baseline, in words."""
         return {label: ratio.verdict for label, ratio in self.ratios.items()}
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Timing:
+        """The value that `to_dict` wrote."""
+        fields: dict[str, Any] = {
+            key: value for key, value in plain.items() if key not in ("unit", "runs", "medians", "p95s")
+        }
+        for name in ("samples", "warmup", "reasons"):
+            fields[name] = {label: tuple(values) for label, values in plain[name].items()}
+        ratios = {
+            label: {key: value for key, value in ratio.items() if key != "verdict"}
+            for label, ratio in plain["ratios"].items()
+        }
+        fields["ratios"] = {label: Ratio(**ratio) for label, ratio in ratios.items()}
+        fields["footprints"] = {label: Footprint(**found) for label, found in plain["footprints"].items()}
+        return cls(**{**fields, "warnings": tuple(plain["warnings"])})
+
     def to_dict(self) -> dict[str, Any]:
         """The value as plain JSON types, all samples included; seconds throughout; None where nothing was measured."""
         empty = self.runs == 0
@@ -118,4 +145,9 @@ class Timing:
             "torch_version": self.torch_version,
             "seed": self.seed,
             "warnings": list(self.warnings),
+            "conditions": dict(self.conditions),
+            "footprints": {label: footprint.to_dict() for label, footprint in self.footprints.items()},
+            "backends": dict(self.backends),
+            "left_out": dict(self.left_out),
+            "reasons": {label: list(sentences) for label, sentences in self.reasons.items()},
         }
