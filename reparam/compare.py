@@ -7,20 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from reparam.bench import Timing, benchmark
-from reparam.capture.formats import Format, identify
-from reparam.data import LIMIT
+from reparam.data import LIMIT, read
 from reparam.equivalence import Comparison, verify
 from reparam.errors import InputError
 from reparam.export import OnnxSession
 from reparam.inputs import Inputs
+from reparam.opened import Named, elsewhere, example_for, for_file, in_call_order, is_onnx, opened
 from reparam.source import Source
 
 Progress: TypeAlias = Callable[[str], None]
-Runnable: TypeAlias = "nn.Module | OnnxSession"
 
 
 def verify_files(
@@ -35,38 +33,38 @@ def verify_files(
     """Whether the model in the file `candidate` computes what the model of `source` computes.
 
     Args:
-        source: the reference; no ONNX file, because the truth is found by running it in float64.
-        candidate: a file of any format that can be loaded or run. `source` says who builds the model in it and what it
-            may hold.
+        source: the reference, in a file of any format that can be loaded or run. An ONNX file is run in float64 by
+            onnxruntime or by the `onnx` package's evaluator; where neither can, its noise is estimated, and a note
+            says so.
+        candidate: another such file. `source` says who builds the model in it and what it may hold. An ONNX file is
+            asked the algebra too where the reference is one, or `level` is thorough.
         level: how thoroughly, as for `reparam.verify`.
         data, data_limit: the user's own inputs, as for `reparam.verify`.
         progress: called with a few words when a stage starts.
 
     Raises:
-        InputError: a file cannot be loaded, or the original does not run.
+        InputError: a file cannot be loaded, the original does not run, or nothing tells the inputs' sizes.
         ExportError: an ONNX file cannot be run at all.
     """
     tell = progress or (lambda text: None)
-    if _is_onnx(source.path):
-        raise InputError(
-            f"{source.path} is an ONNX file, which cannot be run in float64; give the PyTorch model first and the ONNX "
-            "file second"
-        )
     tell("loading the models")
-    model, inputs, _ = _for_file(source, source.path).load()
-    other = _runnable(source, candidate)
+    first, second = opened(source, source.path), opened(source, candidate)
+    inputs = example_for(source, first, second)
+    batches, notes = read(data, first if isinstance(first, nn.Module) else Named(first.names), inputs, limit=data_limit)
     tell("verifying")
-    runtime = isinstance(other, OnnxSession)
-    vary = not isinstance(other, OnnxSession) or other.takes_other_sizes(list(inputs.tensors()))
-    return verify(
-        *(model, other, inputs),
+    onnx = [one for one in (first, second) if isinstance(one, OnnxSession)]
+    asked64 = isinstance(first, OnnxSession) or level == "thorough"
+    comparison = verify(
+        first if isinstance(first, nn.Module) else elsewhere(first, inputs, source.seed),
+        elsewhere(second, inputs, source.seed) if isinstance(second, OnnxSession) and asked64 else second,
+        inputs,
         level=level,
         seed=source.seed,
-        vary_shapes=vary,
-        check_structure=not runtime,
-        data=data,
-        data_limit=data_limit,
+        vary_shapes=all(one.takes_other_sizes(in_call_order(one, inputs)) for one in onnx),
+        check_structure=not onnx,
+        data=batches,
     )
+    return replace(comparison, notes=(*notes, *comparison.notes))
 
 
 def bench_files(
@@ -95,11 +93,11 @@ def bench_files(
     variants: dict[str, Any] = {}
     inputs: Inputs | None = None
     for path in (source.path, *others):
-        if not _is_onnx(path) and inputs is None:
-            model, inputs, _ = _for_file(source, path).load()
+        if not is_onnx(path) and inputs is None:
+            model, inputs, _ = for_file(source, path).load()
             variants[_label(path, variants)] = model
         else:
-            variants[_label(path, variants)] = _runnable(source, path, threads)
+            variants[_label(path, variants)] = opened(source, path, threads)
     if inputs is None:
         raise InputError("none of the files is a PyTorch model, which tells the inputs; add the one that was exported")
     return benchmark(
@@ -110,22 +108,6 @@ def bench_files(
         seed=source.seed,
         progress=lambda done, text: tell(f"measuring latency: {done:.0%}"),
     )
-
-
-def _is_onnx(path: str) -> bool:
-    return identify(Path(path).expanduser()) is Format.ONNX
-
-
-def _runnable(source: Source, path: str, threads: int | None = None) -> Runnable:
-    if _is_onnx(path):
-        return OnnxSession(Path(path).expanduser(), threads=threads or torch.get_num_threads())
-    return _for_file(source, path).model()
-
-
-def _for_file(source: Source, path: str) -> Source:
-    """`source` for another file: archives hold the whole model, so nothing is built or chosen for them."""
-    whole = identify(Path(path).expanduser()) in (Format.EXPORT_ARCHIVE, Format.TORCHSCRIPT)
-    return replace(source, path=path, arch=None, key=None) if whole else replace(source, path=path)
 
 
 def _label(path: str, taken: dict[str, Any]) -> str:

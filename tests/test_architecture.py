@@ -68,9 +68,8 @@ MAY_IMPORT["pipeline"] = (*MAY_IMPORT["partial"], "reparam.partial", "reparam.un
 MAY_IMPORT["__init__"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline")
 MAY_IMPORT["source"] = ("reparam.capture",)
 MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam", "reparam.source")
-MAY_IMPORT["compare"] = (
-    *("reparam.bench", "reparam.capture", "reparam.data", "reparam.equivalence", "reparam.export", "reparam.source"),
-)
+MAY_IMPORT["opened"] = ("reparam.capture", "reparam.equivalence", "reparam.export", "reparam.source")
+MAY_IMPORT["compare"] = (*MAY_IMPORT["opened"], "reparam.bench", "reparam.data", "reparam.opened")
 MAY_IMPORT["cli"] = (*MAY_IMPORT["workflow"], "reparam.workflow", "reparam.compare", "reparam.source")
 MAY_IMPORT["__main__"] = ("reparam.cli",)
 

@@ -38,7 +38,9 @@ def verify_command(
 ) -> None:
     """Tells whether CANDIDATE computes what ORIGINAL computes, up to the original's own rounding noise.
 
-    ORIGINAL is whatever `reparam fuse` takes; CANDIDATE may be an ONNX file too.
+    Each is whatever `reparam fuse` takes, or an ONNX file, in any combination. ONNX files run in onnxruntime; as
+    ORIGINAL, one is also run in float64 where something can, else its rounding noise is estimated, and the result says
+    so. Inputs are drawn from --input, from what ORIGINAL tells of itself, or from the sizes in an ONNX file.
 
     Exit status: 0 they agree, 1 they do not, 2 bad input or usage, 70 a fault in reparam.
     """

@@ -222,6 +222,7 @@ def _measure_floats(
         algebra = (s_error, s_exact)
         if s_rounding is not None and not runs.algebra_is_exact:
             algebra = (s_error, s_exact.plus(s_rounding.scaled(_FOLD_ROUNDINGS)))
+        algebra = algebra if runs.judged64 else None
         per_channel = _per_channel(s_error, s_exact, s_truth, t.numel(), rules)
         per_tensor = metrics.relative(s_error.peak, s_truth.peak)
         figures = replace(figures, algebra_per_tensor=per_tensor, algebra_per_channel=per_channel)

@@ -47,6 +47,7 @@ class Runs:
         algebra_is_exact: whether `candidate64` has unrounded weights, so that the algebra needs no allowance for that.
         given: how many different values the input has; None if that is not known.
         numeric: whether `candidate` is the deployed one; else it is `candidate64`, and only the algebra is asked.
+        judged64: whether the float64 difference is held against a bar; else it is only measured.
         noise: another run of the original in `noise_dtype`, where `original` shows no noise: the deployment dtype is
             float64, or the truth is not known better than by `original`.
     """
@@ -61,6 +62,7 @@ class Runs:
     noise_dtype: torch.dtype | None = None
     algebra_is_exact: bool = False
     numeric: bool = True
+    judged64: bool = True
 
 
 @dataclass(frozen=True)

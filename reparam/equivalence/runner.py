@@ -199,6 +199,7 @@ def _run_case(session: Session, case: Case, asked: Asked) -> Ran:
         None if noise is None else torch.float32 if session.original64 is not None else session.rules.dtype,
         session.exact,
         not wide_only,
+        session.judged64,
     )
     measured, failures = measure(runs, session.rules)
     return Ran(replace(result, failures=failures), truth, measured)

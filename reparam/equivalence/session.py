@@ -63,7 +63,8 @@ class Session:
     """The models of one comparison, and what has been spent.
 
     `original64` is None for an original that does not run in float64; `candidate64` is None where, or once, the algebra
-    cannot be asked; `original` is None once it is known to be `original64`.
+    cannot be asked; `original` is None once it is known to be `original64`. `judged64`: whether the float64
+    difference is held against a bar.
     """
 
     rules: Rules
@@ -75,6 +76,7 @@ class Session:
     candidate64: Model | None = None
     rounded64: Model | None = None
     exact: bool = False
+    judged64: bool = True
     spent: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -140,6 +142,13 @@ def session_of(
     elif module is not None:
         session.candidate64 = PrivateCopy(module, "candidate", torch.float64)
         session.rounded64 = disturbed(module, known, rules.dtype, seed)
+    if session.rounded64 is not None and (isinstance(original, Elsewhere) or isinstance(candidate, Elsewhere)):
+        # Exporters merge weights in float32, and what that costs depends on terms that nobody has any more.
+        session.judged64 = False
+        session.notes.append(
+            "the weights of the two are not the same numbers, as one of them was merged or rounded when it was "
+            f"exported: the float64 difference is told, and judged is the error in {str(rules.dtype)[6:]}"
+        )
     return session
 
 

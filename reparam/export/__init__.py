@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from reparam.export.archive import export_archive
 from reparam.export.onnx import OnnxFile, export_onnx
-from reparam.export.runtime import OnnxSession
+from reparam.export.runtime import OnnxSession, UnsupportedByRuntimeError
+from reparam.export.specs import OnnxInput, onnx_inputs
+from reparam.export.wide import OnnxWeights
 
-__all__ = ["OnnxFile", "OnnxSession", "export_archive", "export_onnx"]
+__all__ = [
+    "OnnxFile",
+    "OnnxInput",
+    "OnnxSession",
+    "OnnxWeights",
+    "UnsupportedByRuntimeError",
+    "export_archive",
+    "export_onnx",
+    "onnx_inputs",
+]

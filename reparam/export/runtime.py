@@ -71,6 +71,16 @@ class OnnxSession:
         tensors = iter(flat)
         return pytree.tree_unflatten([next(tensors) if p else None for p in self._present], self._structure)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the inputs in the order in which a call gives their tensors."""
+        return tuple(self._names)
+
+    @property
+    def takes_names(self) -> bool:
+        """Whether a call may give the tensors by the names of the inputs."""
+        return self._arguments == self._names
+
     def takes_other_sizes(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the file leaves every axis but the channels open, for tensors given in the order of a call."""
         shapes = {value.name: value.shape for value in self._session.get_inputs()}

@@ -45,7 +45,7 @@ def case_line(case: CaseResult) -> str:
     shapes = ", ".join("x".join(map(str, shape)) or "a number" for shape in case.shapes)
     seed = "" if case.seed is None else f", seed {case.seed}"
     reasons = (*case.failures, *case.notes)
-    reason = f": {reasons[0].rstrip('.')}." if reasons else ""
+    reason = f": {reasons[0].removeprefix(f'{case.name}: ').rstrip('.')}." if reasons else ""
     return f"{case.name} ({shapes}{seed}): {case.status}{reason}"
 
 

@@ -99,10 +99,133 @@ def test_data_is_compared_besides(files: dict[str, Path], tmp_path: Path) -> Non
     assert (bad.exit_code, "nowhere does not exist" in bad.stderr) == (2, True)
 
 
-def test_an_onnx_file_is_no_reference(files: dict[str, Path]) -> None:
-    result = invoke("verify", files["model.onnx"], files["model.pt"], *INPUT)
-    assert result.exit_code == 2
-    assert "give the PyTorch model first" in result.stderr
+OF_ONNX = [
+    ("model.onnx", "model.pt", True), ("model.onnx", "model.pt2", True), ("model.onnx", "model.ts", True),
+    ("model.onnx", "fixed.onnx", True), ("fixed.onnx", "model.pt", True), ("model.onnx", "other.onnx", False),
+    ("model.onnx", "other.pt", False), ("other.onnx", "model.ts", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("original", "candidate", "same"), OF_ONNX)
+def test_an_onnx_file_is_a_reference(files: dict[str, Path], original: str, candidate: str, same: bool) -> None:
+    result = invoke("verify", files[original], files[candidate], *INPUT, "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["passed"]) == (0 if same else 1, same), found["failures"]
+    assert found["algebra_error"] is not None
+    assert (found["algebra_error"] < 1e-6) is same
+    if not same:
+        assert found["outputs"][0]["worst_index"][1] == 2
+
+
+def test_sizes_come_from_the_onnx_file(files: dict[str, Path]) -> None:
+    result = invoke("verify", files["fixed.onnx"], files["model.onnx"], "--json")
+    assert result.exit_code == 0, result.output
+    assert {tuple(map(tuple, case["shapes"])) for case in json.loads(result.stdout)["cases"]} == {((2, 3, 8, 8),)}
+    for arguments, sentence in (
+        (
+            (),
+            "input=batchx3xheightxwidth:float32 of model.onnx has open sizes; give them, as in --input input=",
+        ),
+        (("--input", "1x4x8x8"), "--input 1x4x8x8 does not fit the input input=batchx3x"),
+        (("--input", "1x3x8x8:int64"), "--input 1x3x8x8:int64 does not fit"),
+        (("--input", "y=1x3x8x8"), "--input does not fit model.onnx, whose inputs are input="),
+        (("--input", "1x3x8x8", "--input", "1x3"), "--input does not fit model.onnx"),
+    ):
+        result = invoke("verify", files["model.onnx"], files["fixed.onnx"], *arguments)
+        assert result.exit_code == 2
+        assert sentence in result.stderr
+
+
+def test_thorough_asks_the_algebra_of_an_onnx_file(files: dict[str, Path]) -> None:
+    result = invoke("verify", files["model.pt"], files["model.onnx"], *INPUT, "--level", "thorough", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0, found["failures"]
+    assert found["algebra_error"] is not None
+    assert len(found["cases"]) > 12
+
+
+def foreign(path: Path, bias: float = 0.0) -> Path:
+    """A file with an operator that nothing runs in float64."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    weights = [
+        generator.normal(size=(6, 3, 3, 3)) / 5,
+        generator.normal(size=6) + bias,
+        generator.normal(size=(6, 6, 3, 3)) / 7,
+    ]
+    stored = [numpy_helper.from_array(w.astype(np.float32), f"w{n}") for n, w in enumerate(weights)]
+    nodes = [
+        helper.make_node("Conv", ["x", "w0", "w1"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Gelu", ["a"], ["b"], domain="com.microsoft"),
+        helper.make_node("Conv", ["b", "w2"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    kind = (TensorProto.FLOAT, ["n", 3, "h", "w"])
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", *kind)], [helper.make_tensor_value_info("y", 1, None)], stored
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(path))
+    return path
+
+
+def test_a_reference_without_float64_is_held_against_its_estimated_noise(tmp_path: Path) -> None:
+    one, same, other = foreign(tmp_path / "a.onnx"), foreign(tmp_path / "b.onnx"), foreign(tmp_path / "c.onnx", 1e-4)
+    result = invoke("verify", one, same, *INPUT, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0, found["failures"]
+    assert found["algebra_error"] is None
+    assert "com.microsoft::Gelu has no float64 form" in found["notes"][0]
+    assert 1e-9 < found["original_noise"] < 1e-6
+    found = json.loads(invoke("verify", one, other, *INPUT, "--json").stdout)
+    assert not found["passed"]
+    assert "the error of the candidate is" in found["failures"][0]
+
+
+def text_model(path: Path, names: tuple[str, str], twice: bool = False) -> Path:
+    """Two integer inputs: tokens that choose rows of a table, and a mask."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    table = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["a"]),
+        helper.make_node("Unsqueeze", ["mask", "two"], ["b"]),
+        helper.make_node("Cast", ["b"], ["c"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["a", "c"], ["y" if not twice else "d"]),
+        *([helper.make_node("Add", ["d", "d"], ["y"])] if twice else []),
+    ]
+    kinds = {"ids": TensorProto.INT64, "mask": TensorProto.BOOL}
+    inputs = [helper.make_tensor_value_info(name, kinds[name], ["n", 5]) for name in names]
+    stored = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([2]), "two")]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", 1, None)], stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))
+    return path
+
+
+def test_integer_inputs_are_rows_of_the_table_and_go_by_name(tmp_path: Path) -> None:
+    one, turned = text_model(tmp_path / "a.onnx", ("ids", "mask")), text_model(tmp_path / "b.onnx", ("mask", "ids"))
+    result = invoke("verify", one, turned, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0, found["failures"]
+    assert found["algebra_error"] == 0.0
+    assert len(found["cases"]) > 1
+    twice = text_model(tmp_path / "c.onnx", ("mask", "ids"), twice=True)
+    assert invoke("verify", one, twice).exit_code == 1
+    np.savez(tmp_path / "own.npz", ids=np.array([[0, 6, 1, 2, 3]]), mask=np.array([[True, False, True, True, True]]))
+    result = invoke("verify", one, turned, "--json", "--data", tmp_path / "own.npz")
+    assert "own.npz" in [case["name"] for case in json.loads(result.stdout)["cases"]]
+
+
+def test_a_quantised_file_says_why_it_has_no_float64(tmp_path: Path, files: dict[str, Path]) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    made = tmp_path / "quantised.onnx"
+    quantize_dynamic(files["model.onnx"], made, op_types_to_quantize=["Gemm", "MatMul"])
+    found = json.loads(invoke("verify", made, files["model.onnx"], *INPUT, "--json").stdout)
+    assert not found["passed"]
+    assert "it is quantised" in " ".join(found["notes"])
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "missing.onnx"])
