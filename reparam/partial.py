@@ -20,6 +20,7 @@ from reparam.capture.trace import private_copy
 from reparam.errors import CaptureError, InputError, OtherInputError, ReparamError, UnfitModelError
 from reparam.graph.build import float64_copy, float64_twin, unshared
 from reparam.inputs import Inputs
+from reparam.passes.ledger import Ledger, kept_in
 from reparam.piece import Piece
 
 
@@ -29,7 +30,8 @@ class NothingCapturedError(Exception):
 
 Call = tuple[Inputs, Any, Inputs]
 """Arguments, result, and the arguments after the call."""
-FuseOne = Callable[[nn.Module, Inputs], Piece]
+FuseOne = Callable[[str, nn.Module, Inputs], Piece]
+"""Fuses a part that has a qualified name, for the arguments of a call of it."""
 _PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, torch.device)
 _MOST_CALLS = 16
 _TOLERANCE = 1e-3
@@ -126,8 +128,12 @@ class Assembled:
         return twin
 
 
-def assembled(model: nn.Module, inputs: Inputs, fuse_one: FuseOne, why: str) -> Assembled:
+def assembled(model: nn.Module, inputs: Inputs, fuse_one: FuseOne, why: str, *, verified: bool = True) -> Assembled:
     """Fuses the parts of `model`, which stays as it is because of `why`.
+
+    Args:
+        verified: whether the whole is verified afterwards; if it is, a part that a rewrite made wrong is left for that
+            to find.
 
     Raises:
         InputError: the model cannot run on the inputs.
@@ -141,7 +147,7 @@ def assembled(model: nn.Module, inputs: Inputs, fuse_one: FuseOne, why: str) -> 
         )
     found = Assembled(private_copy(model))
     found.outside.append(Outside("", type(model).__name__, why))
-    _Assembler(found, inputs, fuse_one).descend(found.module, "")
+    _Assembler(found, inputs, fuse_one, verified).descend(found.module, "")
     if not found.parts:
         raise NothingCapturedError
     found.module = unshared(found.module, model)
@@ -163,6 +169,7 @@ class _Assembler:
     found: Assembled
     inputs: Inputs
     fuse_one: FuseOne
+    verified: bool
     done: dict[int, nn.Module | None] = field(default_factory=dict)
 
     def descend(self, owner: nn.Module, prefix: str, *, runs: bool = True) -> None:
@@ -200,15 +207,34 @@ class _Assembler:
         if not calls:
             return None
         try:
-            piece = self.fuse_one(child, calls[0][0])
-            for inputs, expected, left in calls:
-                _check(piece.module, inputs, expected, left)
+            piece = self._answering(path, child, calls)
         except ReparamError as error:
             why = str(error).partition("; rewrite that line")[0]
             self.found.outside.append(Outside(path, type(child).__name__, why))
             return None
         self.found.parts[path] = piece
         return FusedPart(piece.module, child)
+
+    def _answering(self, path: str, child: nn.Module, calls: list[Call]) -> Piece:
+        """A part, fused, that answers its calls as before.
+
+        Raises:
+            ReparamError: it cannot be captured, or answers otherwise.
+        """
+        piece = self.fuse_one(path, child, calls[0][0])
+        try:
+            _check_all(piece, calls)
+        except CaptureError:
+            if not piece.rewrites:
+                raise
+            with kept_in(Ledger(most=0)):
+                _check_all(self.fuse_one(path, child, calls[0][0]), calls)
+            # As captured it answers right, so that a rewrite is at fault. Verification says which one, and undoes it.
+            if not self.verified:
+                raise CaptureError(
+                    "a rewrite of it is at fault; fuse with verification, which says which one"
+                ) from None
+        return piece
 
     def _calls(self, modules: Mapping[str, nn.Module]) -> dict[str, list[Call]]:
         """The modules' calls while the model runs, one of each kind."""
@@ -280,6 +306,11 @@ def _signature(inputs: Inputs) -> str:
     leaves, spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
     words = [f"{tuple(v.shape)} {v.dtype}" if isinstance(v, torch.Tensor) else repr(v) for v in leaves]
     return f"{spec} {words}"
+
+
+def _check_all(piece: Piece, calls: list[Call]) -> None:
+    for inputs, expected, left in calls:
+        _check(piece.module, inputs, expected, left)
 
 
 def _check(module: nn.Module, inputs: Inputs, expected: Any, left: Inputs) -> None:

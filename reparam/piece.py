@@ -19,7 +19,7 @@ from reparam.graph.nodes import attribute, pinned
 from reparam.graph.normal import normalise, restore_in_place
 from reparam.passes import ASKING, Pass
 from reparam.passes.base import Place, Refusal, Rewrite
-from reparam.passes.ledger import allowed
+from reparam.passes.ledger import allowed, current
 from reparam.picture import side_by_side, taken
 from reparam.report import GraphView, OperationCounts
 
@@ -61,12 +61,15 @@ def fused(captured: Captured, model: nn.Module, passes: Sequence[Pass]) -> Piece
         before, first = OperationCounts(**count_operations(graph, root)), taken(graph, root)
         rewrites: list[Rewrite] = []
         refusals: list[Refusal] = []
-        for step in passes:
-            if not isinstance(step, ASKING) and not allowed(_whole(step)):
-                continue
-            made, left = step.run(graph, root)
-            rewrites += made
-            refusals += left
+        ledger = current()
+        with ledger.watching(graph, root, captured.inputs):
+            for step in passes:
+                ledger.next_pass()
+                if not isinstance(step, ASKING) and not allowed(_whole(step)):
+                    continue
+                made, left = step.run(graph, root)
+                rewrites += made
+                refusals += left
         after, last = OperationCounts(**count_operations(graph, root)), taken(graph, root)
         restore_in_place(graph, root)
         module = built(root, graph, model)
@@ -103,9 +106,7 @@ def _round_literals(graph: fx.Graph, root: nn.Module) -> None:
 
 def under(path: str, changes: Sequence[Change]) -> tuple[Change, ...]:
     """Changes of a part with places as seen from the whole model."""
-    return tuple(
-        replace(one, place=replace(one.place, module=f"{path}.{one.place.module}".rstrip("."))) for one in changes
-    )
+    return tuple(replace(one, place=one.place.under(path)) for one in changes)
 
 
 def total(counts: Sequence[OperationCounts]) -> OperationCounts:

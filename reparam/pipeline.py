@@ -21,7 +21,7 @@ from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
 from reparam.chance import refusal
 from reparam.data import LIMIT, Batch, Data, read
-from reparam.equivalence import parting
+from reparam.equivalence import difference
 from reparam.equivalence import verify as verify_modules
 from reparam.errors import CaptureError, InputError, NotEquivalentError, UnfitModelError
 from reparam.graph.build import float64_twin, forget_float64
@@ -32,7 +32,7 @@ from reparam.passes import Pass, pipeline
 from reparam.passes.base import Place, Refusal, Rewrite, Undone
 from reparam.passes.cost import CostModel, cost_model
 from reparam.passes.explain import Choices
-from reparam.passes.ledger import Ledger, kept_in
+from reparam.passes.ledger import Ledger, current, kept_in
 from reparam.piece import Piece, fused, total, under
 from reparam.report import GraphView, OperationCounts, Report
 from reparam.report.view import joined
@@ -139,11 +139,12 @@ def fuse(
     reference, said = in_inference_form(model, inference_form)
     job = _Job(reference, inputs, capture, level, seed, stages, passes, prices, explain, fixed_sizes, batches)
     with _explained(model, reference, inputs):
-        attempt = job.attempt(Ledger())
+        attempt = job.attempt(Ledger(judge=difference if level in _CHECKED else None), find_parting=True)
     undone: tuple[Undone, ...] = ()
-    if not attempt.passed:
+    if not attempt.passed or attempt.faults:
         with stages("finding the fault"):
-            attempt, undone = without_faults(attempt, job.attempt, job.parting, stages.tell)
+            right, undone = without_faults(attempt, job.attempt, difference, stages.tell)
+        attempt = attempt if right is None else right
     made, comparison = attempt.made, attempt.comparison
     for piece in made.pieces:
         forget_float64(piece.module.graph)
@@ -159,7 +160,7 @@ def fuse(
         comparison=comparison,
         environment=_environment(),
         seconds=stages.seconds,
-        notes=(*_notes_of(said), *prepared, *made.notes),
+        notes=(*_notes_of(said), *prepared, *made.notes, *_checks_of(attempt.ledger)),
         graph=joined([("", made.graph, len(said))]),
     )
     if comparison is not None and not comparison.passed:
@@ -175,6 +176,10 @@ def fuse(
             report,
         )
     return FuseResult(made.module, report, reference)
+
+
+_CHECKED = ("standard", "thorough")
+"""Levels at which each rewrite is checked where it stands, whether or not something is wrong."""
 
 
 @contextmanager
@@ -210,6 +215,17 @@ def _notes_of(said: Sequence[Said]) -> tuple[str, ...]:
     return (f"inference_form was believed ({kinds}): what was fused is compared with the original in that form",)
 
 
+def _checks_of(ledger: Ledger) -> tuple[str, ...]:
+    """Where rewrites were not checked where they stand, and what such checks found that the whole does not show."""
+    faults = (
+        f"{one.tensor}{'' if one.difference is None else f': {one.difference.what}'}, after "
+        f"{'changes that are no rewrite' if one.rewrite is None else f'the rewrite at {one.rewrite.where}'}; "
+        "the whole model does not show it"
+        for one in ledger.faults
+    )
+    return (*(f"not each rewrite was checked where it stands; {why}" for why in ledger.unchecked), *faults)
+
+
 @dataclass(frozen=True)
 class _Made:
     """A fused model, whole or in parts."""
@@ -243,14 +259,17 @@ class _Job:
     fixed_sizes: bool
     data: tuple[Batch, ...]
 
-    def attempt(self, ledger: Ledger, only: frozenset[str] | None = None) -> Attempt[_Made]:
+    def attempt(self, ledger: Ledger, only: frozenset[str] | None = None, find_parting: bool = False) -> Attempt[_Made]:
         """Fuses as the ledger allows, and verifies on the input cases named, or on all of the level."""
         choices = Choices() if self.explain else None
         add = None if choices is None else choices.add
         usual = pipeline(self.prices, add, fixed_sizes=self.fixed_sizes)
         steps = tuple(usual if self.passes is None else self.passes)
         with kept_in(ledger):
-            made = replace(_made(self.model, self.inputs, self.way, steps, self.stages), choices=choices)
+            made = replace(
+                _made(self.model, self.inputs, self.way, steps, self.stages, verified=self.level != "off"),
+                choices=choices,
+            )
         if self.level == "off":
             return Attempt(made, ledger, None)
         with self.stages("verifying"):
@@ -262,25 +281,23 @@ class _Job:
                 candidate_float64=twin,
                 only=only,
                 data=self.data,
-                find_parting=False,
+                find_parting=find_parting,
+                spent=ledger.passes,
             )
         return Attempt(made, ledger, comparison)
-
-    def parting(self, made: _Made) -> str:
-        """Where a fused model parts from the original, in words; empty if the two have all tensors in common."""
-        found = parting(self.model, made.module if self._is_exact() else made.float64(), self.inputs, self.seed)
-        return "" if found is None else str(found)
 
     def _is_exact(self) -> bool:
         """Whether the weights are in float64 as they are."""
         return any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
 
 
-def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], stages: Stages) -> _Made:
+def _made(
+    model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], stages: Stages, *, verified: bool = True
+) -> _Made:
     if way == "modules":
         _refuse_random(model, inputs, None)
         try:
-            return _made_of_parts(model, inputs, way, "asked for", steps, stages)
+            return _made_of_parts(model, inputs, way, "asked for", steps, stages, verified)
         except NothingCapturedError:
             raise CaptureError(f"no child of {type(model).__name__} can be captured; use capture='auto'") from None
     try:
@@ -291,9 +308,8 @@ def _made(model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], sta
         if way != "auto" or isinstance(error, UnfitModelError):
             raise
         try:
-            return _made_of_parts(
-                model, inputs, "partial", str(error).partition("; rewrite that line")[0], steps, stages
-            )
+            why = str(error).partition("; rewrite that line")[0]
+            return _made_of_parts(model, inputs, "partial", why, steps, stages, verified)
         except NothingCapturedError:
             raise error from None
     with stages("fusing"), _garbage_collection_paused():
@@ -318,13 +334,14 @@ def _refuse_random(model: nn.Module, inputs: Inputs, error: CaptureError | None)
 
 
 def _made_of_parts(
-    model: nn.Module, inputs: Inputs, how: str, why: str, steps: Sequence[Pass], stages: Stages
+    model: nn.Module, inputs: Inputs, how: str, why: str, steps: Sequence[Pass], stages: Stages, verified: bool
 ) -> _Made:
-    def fuse_one(part: nn.Module, given: Inputs) -> Piece:
-        return fused(capture_graph(part, given, leaves()), part, steps)
+    def fuse_one(path: str, part: nn.Module, given: Inputs) -> Piece:
+        with current().within(path):
+            return fused(capture_graph(part, given, leaves()), part, steps)
 
     with stages("fusing"), torch.no_grad():
-        whole = assembled(model, inputs, fuse_one, why)
+        whole = assembled(model, inputs, fuse_one, why, verified=verified)
     pieces = whole.parts
     return _Made(
         whole.module,

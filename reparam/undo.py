@@ -1,22 +1,26 @@
-"""A fused model that does not agree with its original: the rewrite at fault is found and undone, the rest stays.
+"""A fused model that does not agree with its original: the rewrites at fault are found and undone, the rest stays.
 
-The first `n` rewrites of a run are right, the first `n + 1` are not: bisection finds `n`, fusing anew each time with
-fewer rewrites and running the inputs that failed. Then the model is fused without that rewrite, and verified again.
+First by what each rewrite did to the tensors it stands between (`reparam.passes.watch`), which names all of them at
+once. What that cannot see, because the example does not show it, is found by bisection: the first `n` rewrites of a run
+are right, the first `n + 1` are not, fusing anew each time and running the inputs that failed. Either way the model is
+then fused without them, and verified again. No model but the last one is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from reparam.equivalence import Comparison
-from reparam.errors import ReparamError
-from reparam.passes.base import Undone
-from reparam.passes.ledger import Ledger, key_of
+from reparam.passes.base import Rewrite, Undone
+from reparam.passes.ledger import Key, Ledger, key_of
+from reparam.passes.watch import Fault, Judge
 
-MOST_UNDONE = 8
-"""Rewrites that are looked for one by one; if there are more, all behind the last right one go."""
+MOST_BISECTED = 8
+"""Rewrites that are looked for by bisection; if there are more, all behind the last right one go."""
+MOST_ATTEMPTS = 64
+"""Models that are made to find out; then, too, all behind the last right one go."""
 
 Made = TypeVar("Made")
 
@@ -31,100 +35,198 @@ class Attempt(Generic[Made]):
 
     @property
     def passed(self) -> bool:
+        """Whether nothing speaks against the model as a whole."""
         return self.comparison is None or self.comparison.passed
 
+    @property
+    def faults(self) -> list[Fault]:
+        """Faults of rewrites where they stand; where the whole model was compared in float64, it is what counts."""
+        whole = self.comparison is None or (self.comparison.passed and self.comparison.algebra_error is not None)
+        return [] if whole else [fault for fault in self.ledger.faults if fault.rewrite is not None]
 
-Try = Callable[[Ledger, "frozenset[str] | None"], "Attempt[Made]"]
-"""Fuses as a ledger allows, and verifies: on the named input cases, or on all."""
+
+Try = Callable[[Ledger, "frozenset[str] | None", bool], "Attempt[Made]"]
+"""Fuses as a ledger allows, and verifies: on the named input cases, or on all; True looks for the parting, too."""
 
 
 def without_faults(
-    first: Attempt[Made],
-    attempt: Try[Made],
-    parting: Callable[[Made], str],
-    tell: Callable[[str], None],
-) -> tuple[Attempt[Made], tuple[Undone, ...]]:
-    """The attempt that passes, and what had to be undone for that; `first` if nothing helps.
+    first: Attempt[Made], attempt: Try[Made], judge: Judge, tell: Callable[[str], None]
+) -> tuple[Attempt[Made] | None, tuple[Undone, ...]]:
+    """The attempt that passes, and what had to be undone for that; None if no undoing helps.
 
     Args:
         first: the attempt that failed.
         attempt: makes further ones.
-        parting: where a model parts from the original, in words; empty if that is not known.
+        judge: tells whether two values are one.
         tell: called with a few words for each thing that is tried.
     """
-    current, undone, right = first, list[Undone](), 0
-    while not current.passed:
-        cases, right_so_far = _failed_cases(current), _asked_of_fewer(current)
-        keys = frozenset(key_of(one.rewrite) for one in undone)
-        if len(undone) == MOST_UNDONE:
-            tell("undoing all further rewrites")
-            last = attempt(Ledger(keys, right), None)
-            behind = [Undone(one, _failure(current)) for one in current.ledger.made[right:]]
-            return (last, (*undone, *behind)) if last.passed else (first, ())
-        low, high = right, len(current.ledger.made)
-        if high == low or (low == 0 and not right_so_far(_tried(attempt, Ledger(keys, 0), cases))):
-            return first, ()  # what no rewrite has done, no undoing repairs
-        guilty = current
+    search, current = _Search(attempt, judge, tell), first
+    while not current.passed or current.faults:
+        found = search.at_fault(current)
+        if not found:
+            break
+        after = search.made_without(found)
+        if after is None:
+            return None, ()
+        current = after
+    return (current, tuple(search.undone)) if current.passed else (None, ())
+
+
+@dataclass
+class _Search(Generic[Made]):
+    """What has been found so far.
+
+    Attributes:
+        undone: the rewrites at fault.
+        right: how many of the first rewrites are known to be right.
+        most: how many are made at all, once there is no more looking for single ones.
+        left: models that may still be made.
+    """
+
+    attempt: Try[Made]
+    judge: Judge
+    tell: Callable[[str], None]
+    undone: list[Undone] = field(default_factory=list)
+    right: int = 0
+    most: int | None = None
+    left: int = MOST_ATTEMPTS
+    bisected: int = 0
+
+    @property
+    def keys(self) -> frozenset[Key]:
+        return frozenset(key_of(one.rewrite) for one in self.undone)
+
+    def at_fault(self, current: Attempt[Made]) -> list[Undone]:
+        """The rewrites that are to be undone next; empty if it is none of them."""
+        if self.most is not None:
+            return []
+        if self.left <= 0 or self.bisected == MOST_BISECTED:
+            self.tell("undoing all further rewrites")
+            self.most = self.right
+            return [Undone(one, _failure(current.comparison)) for one in current.ledger.made[self.right :]]
+        return self._by_standing(current) or self._by_bisection(current)
+
+    def made_without(self, found: list[Undone]) -> Attempt[Made] | None:
+        """The model without what was found, too; None if it cannot be made."""
+        self.tell(f"fusing without {len(found)} of its rewrites")
+        self.undone += found
+        after = self._made(Ledger(self.keys, self.most, self.judge), None)
+        if after is not None:
+            without = _error(after.comparison)
+            self.undone[-len(found) :] = [replace(one, error_without=without) for one in found]
+        return after
+
+    def _by_standing(self, current: Attempt[Made]) -> list[Undone]:
+        """Those whose own tensors are wrong."""
+        ledger, comparison = current.ledger, current.comparison
+        if ledger.judge is None:  # it was not asked
+            self.tell("checking each rewrite where it stands")
+            ledger = Ledger(self.keys, judge=self.judge)
+            self._made(ledger, frozenset())
+        faults = {key_of(fault.rewrite): fault for fault in reversed(ledger.faults) if fault.rewrite is not None}
+        return [
+            _from_fault(fault.rewrite, fault, _error(comparison), _number(ledger.made, key))
+            for key, fault in reversed(faults.items())
+            if fault.rewrite is not None and key not in self.keys
+        ]
+
+    def _by_bisection(self, current: Attempt[Made]) -> list[Undone]:
+        """The first of them with which the inputs fail that failed."""
+        comparison, made = current.comparison, current.ledger.made
+        cases: frozenset[str] | None = _failed_cases(comparison)
+        is_right = _asked_of_fewer(comparison)
+        low, high = self.right, len(made)
+        if is_right(self._compared(high, cases)):
+            cases = None  # only all inputs together show it
+        if low == high or (low == 0 and not is_right(self._compared(0, cases))):
+            return []  # what no rewrite has done, no undoing repairs
         while high - low > 1:
-            tell(f"looking for the rewrite at fault among {high - low}")
+            self.tell(f"looking for the rewrite at fault among {high - low}")
             middle = (low + high) // 2
-            tried = _tried(attempt, Ledger(keys, middle), cases)
-            if right_so_far(tried):
+            if is_right(self._compared(middle, cases)):
                 low = middle
             else:
-                high, guilty = middle, tried or guilty
-        undone.append(_undone(current, high - 1, guilty, parting))
-        right = low
-        tell("fusing without it")
-        after = _tried(attempt, Ledger(keys | {key_of(undone[-1].rewrite)}), None)
-        if after is None or (len(after.ledger.made) <= right and not after.passed):
-            return first, ()
-        current = after
-    return current, tuple(undone)
+                high = middle
+        self.right, self.bisected = low, self.bisected + 1
+        rewrite, found = made[high - 1], self._compared(high, cases, describe=True) or comparison
+        return [_from_comparison(rewrite, found, _number(made, key_of(rewrite)))]
+
+    def _compared(self, most: int, cases: frozenset[str] | None, describe: bool = False) -> Comparison | None:
+        """How the model with the first few rewrites compares; None if it cannot be made, or run."""
+        made = self._made(Ledger(self.keys, most), cases, describe)
+        return None if made is None else made.comparison
+
+    def _made(self, ledger: Ledger, cases: frozenset[str] | None, describe: bool = False) -> Attempt[Made] | None:
+        self.left -= 1
+        try:
+            return self.attempt(ledger, cases, describe)
+        except Exception:  # a graph that was rewritten wrongly may fail anywhere
+            return None
 
 
-def _asked_of_fewer(wrong: Attempt[Made]) -> Callable[[Attempt[Made] | None], bool]:
+def _asked_of_fewer(wrong: Comparison | None) -> Callable[[Comparison | None], bool]:
     """What tells an attempt with fewer rewrites, run on fewer inputs, to be right.
 
     Rounding noise says nothing, unless it was all that was wrong: the algebra is exact, while the bar for noise is not
     the same with fewer inputs.
     """
-    noisy = wrong.comparison is not None and wrong.comparison.only_noisy
+    noisy = wrong is not None and wrong.only_noisy
 
-    def is_right(tried: Attempt[Made] | None) -> bool:
-        comparison = None if tried is None else tried.comparison
+    def is_right(comparison: Comparison | None) -> bool:
         return comparison is not None and (comparison.passed or (comparison.only_noisy and not noisy))
 
     return is_right
 
 
-def _tried(attempt: Try[Made], ledger: Ledger, cases: frozenset[str] | None) -> Attempt[Made] | None:
-    """An attempt; None if the model cannot be made, or run."""
-    try:
-        return attempt(ledger, cases)
-    except ReparamError:
-        return None
-
-
-def _undone(current: Attempt[Made], index: int, guilty: Attempt[Made], parting: Callable[[Made], str]) -> Undone:
-    outputs = () if guilty.comparison is None else guilty.comparison.outputs
-    worst = next((output for output in outputs if output.failures), None)
-    return Undone(
-        current.ledger.made[index],
-        _failure(guilty),
-        () if worst is None else worst.worst_index,
-        "" if worst is None else worst.worst_location,
-        parting(guilty.made),
+def _from_fault(rewrite: Rewrite, fault: Fault, error: float | None, number: int) -> Undone:
+    found = fault.difference
+    what = fault.tensor if found is None else f"{fault.tensor}: {found.what} where the rewrite stands"
+    undone = Undone(rewrite, what, error_with=error, number=number)
+    if found is None:
+        return undone
+    return replace(
+        undone,
+        worst=found.worst_index,
+        location=found.worst_location,
+        shape=found.shape,
+        local_error=found.error,
     )
 
 
-def _failure(attempt: Attempt[Made]) -> str:
+def _from_comparison(rewrite: Rewrite, comparison: Comparison | None, number: int) -> Undone:
+    outputs = () if comparison is None else comparison.outputs
+    worst = next((output for output in outputs if output.failures), None)
+    undone = Undone(rewrite, _failure(comparison), error_with=_error(comparison), number=number)
+    if worst is not None:
+        undone = replace(undone, worst=worst.worst_index, location=worst.worst_location, shape=worst.shape)
+    parting = None if comparison is None else comparison.parting
+    return undone if parting is None else replace(undone, parting=str(parting))
+
+
+def _number(made: Iterable[Rewrite], key: Key) -> int:
+    """How many rewrites are undone together with this one, itself included."""
+    return sum(key_of(one) == key for one in made)
+
+
+def _error(comparison: Comparison | None) -> float | None:
+    """The float64 error of a model; that in its own dtype, if the other is not known.
+
+    None if what failed is no matter of size, as an output that is missing, or not finite.
+    """
+    if comparison is None:
+        return None
+    if not comparison.passed and not any(output.worst_ratio > 1.0 for output in comparison.outputs):
+        return None
+    return comparison.numeric_error if comparison.algebra_error is None else comparison.algebra_error
+
+
+def _failure(comparison: Comparison | None) -> str:
     """What was wrong, in a sentence; the algebra rather than what followed from it."""
-    failures = () if attempt.comparison is None else attempt.comparison.failures
+    failures = () if comparison is None else comparison.failures
     algebra = (sentence for sentence in failures if "float64 results differ" in sentence)
     return next(algebra, next(iter(failures), ""))
 
 
-def _failed_cases(attempt: Attempt[Made]) -> frozenset[str]:
-    cases = () if attempt.comparison is None else attempt.comparison.cases
+def _failed_cases(comparison: Comparison | None) -> frozenset[str]:
+    cases = () if comparison is None else comparison.cases
     return frozenset(case.name for case in cases if case.failures)

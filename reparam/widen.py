@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from reparam.inputs import Inputs
+
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def told_dtype(inputs: Inputs) -> torch.dtype | None:
+    """The dtype that float64 stands for in a run in float64: that of all floating-point inputs, if it is narrower."""
+    found = {tensor.dtype for tensor in inputs.tensors() if tensor.is_floating_point()}
+    return found.pop() if len(found) == 1 and found <= set(NARROW) else None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ that it cannot share their mistakes.
 from __future__ import annotations
 
 from reparam.equivalence.comparison import CaseResult, Comparison, OutputComparison, Parting
+from reparam.equivalence.local import Difference, difference
 from reparam.equivalence.measure import compare_outputs
 from reparam.equivalence.parting import parting
 from reparam.equivalence.runner import verify
@@ -15,10 +16,12 @@ from reparam.equivalence.session import Elsewhere
 __all__ = [
     "CaseResult",
     "Comparison",
+    "Difference",
     "Elsewhere",
     "OutputComparison",
     "Parting",
     "compare_outputs",
+    "difference",
     "parting",
     "verify",
 ]

@@ -36,6 +36,7 @@ def gather(
     notes: tuple[str, ...],
     level: str,
     seed: int,
+    cost: float,
 ) -> Comparison:
     """Judges the cases and sums up."""
     typical = _typical_noise(ran)
@@ -62,7 +63,7 @@ def gather(
         misrounded=misrounded,
         level=level,
         seed=seed,
-        cost=sum(case.cost for case in cases),
+        cost=cost,
     )
 
 

@@ -20,7 +20,7 @@ from reparam.errors import InputError
 from reparam.inputs import Inputs
 from reparam.lazy import Guarded, Lazy, WrittenError, lean_copy, pairs_of_blocks, results_held, shared_storages
 from reparam.quiet import without_copying_warnings
-from reparam.widen import NARROW, all_in
+from reparam.widen import all_in, told_dtype
 
 
 def deployment_dtype(module: nn.Module, inputs: Inputs) -> torch.dtype:
@@ -147,7 +147,8 @@ def _run(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         generators = None if drawn is None else Generators()
-        with contextlib.nullcontext() if dtype is None else all_in(dtype, _told(inputs, dtype), default=default):
+        told = told_dtype(inputs) if dtype == torch.float64 else None
+        with contextlib.nullcontext() if dtype is None else all_in(dtype, told, default=default):
             result = flatten((inputs if dtype is None else inputs.to(dtype)).call(model))
         if drawn is not None and generators is not None:
             drawn += generators.moved()
@@ -247,9 +248,3 @@ def _device(model: Callable[..., Any]) -> torch.device | None:
     tensors: Iterator[torch.Tensor] = iter((*model.parameters(), *model.buffers()))
     first = next(tensors, None)
     return None if first is None else first.device
-
-
-def _told(inputs: Inputs, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype that float64 stands for in a run in float64: that of all floating-point inputs, if it is narrower."""
-    found = {tensor.dtype for tensor in inputs.tensors() if tensor.is_floating_point()}
-    return found.pop() if dtype == torch.float64 and len(found) == 1 and found <= set(NARROW) else None

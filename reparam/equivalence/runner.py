@@ -52,6 +52,7 @@ def verify(
     find_parting: bool = True,
     data: Data | None = None,
     data_limit: int = LIMIT,
+    spent: float = 0.0,
 ) -> Comparison:
     """Whether `candidate` computes what `original` computes, judged against the original's own rounding noise.
 
@@ -83,6 +84,7 @@ def verify(
             images, a `.npy` or `.npz` file, `package.module:function`, a function, or an iterable of batches (see
             `reparam.data.read`). They are run whatever they cost.
         data_limit: the most rows, images or batches of it.
+        spent: forward passes that were spent on checking the candidate before; they count.
 
     Raises:
         InputError: the level does not exist, the original cannot run on the example inputs or on the data, the data
@@ -94,6 +96,7 @@ def verify(
     runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module))
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = session_of(original, candidate, candidate_float64, rules, seed)
+    session.spent = spent
     misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
     ran, given = [], {}
     batches, prepared = read(data, original, inputs, limit=data_limit)
@@ -111,6 +114,7 @@ def verify(
         notes=tuple(session.notes),
         level=level,
         seed=seed,
+        cost=session.spent,
     )
     if comparison.passed or not isinstance(original, nn.Module) or runtime or not find_parting:
         return comparison

@@ -20,3 +20,7 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.module} ({self.source})" if self.source else self.module
+
+    def under(self, path: str) -> Place:
+        """The same place, seen from a model that has this one as the module of that qualified name."""
+        return Place(f"{path}.{self.module}".rstrip("."), self.source) if path else self

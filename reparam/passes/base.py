@@ -115,9 +115,17 @@ class Undone:
 
     Attributes:
         rewrite: the rewrite.
-        failure: what verification said of the model with it.
-        worst: index of the output element that was wrong most.
+        failure: what was wrong with it: with the tensors where it stands, or with what the model returned.
+        worst: index of the element that was wrong most: of the tensor where the rewrite stands, if `local_error` is
+            given, else of an output.
         location: whether that lies at a border of the dims behind batch and channel.
+        shape: of the tensor that `worst` is an index of.
+        local_error: largest difference of that tensor over its largest value, where the rewrite stands; None if the
+            fault shows on other inputs than the example only.
+        error_with, error_without: float64 error of the whole model in which the rewrite was found, and of the one that
+            was made without it (and without what was found with it); in the model's own dtype, where it does not run
+            in float64; None where it did not run, or what was wrong is no matter of size (an output is not finite).
+        number: how many rewrites of that place, which did the same to several calls, went together.
         parting: the first tensor of the original that the model with it did not compute; empty if that is not known.
     """
 
@@ -125,6 +133,11 @@ class Undone:
     failure: str
     worst: tuple[int, ...] = ()
     location: str = ""
+    shape: tuple[int, ...] = ()
+    local_error: float | None = None
+    error_with: float | None = None
+    error_without: float | None = None
+    number: int = 1
     parting: str = ""
 
     @property

@@ -23,7 +23,7 @@ from reparam.graph.nodes import described, info, kind, place, replace_by_literal
 from reparam.graph.sizes import Atom, Size, Sizes, axes_read, size_read, spell_out
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
-from reparam.passes.ledger import allowed
+from reparam.passes.ledger import all_allowed
 
 _WINDOWED = ("conv", "pool", "pad", "interpolate", "upsample", "pixelshuffle", "pixel_shuffle", "pixelunshuffle")
 """Parts of the names of operations that treat each image of a batch alike, whose sizes make those of the result."""
@@ -48,7 +48,7 @@ class FixedSizes:
         for node, value in found.items():
             if any(user not in found and user.target not in CHECKS for user in node.users):
                 rewrites[node] = Rewrite(self.name, place(node), (described(node, root),), str(value), _IDENTITY)
-        if not all(allowed(rewrite, node) for node, rewrite in rewrites.items()):
+        if not all_allowed([(rewrite, (node,)) for node, rewrite in rewrites.items()]):
             return [], []  # they hang together
         for node, value in reversed(found.items()):
             _drop_checks(node)

@@ -107,9 +107,16 @@ def _undone(report: Report) -> list[RenderableType]:
     for one in report.undone:
         rewrite = one.rewrite
         what = f"{rewrite.pass_name}: {', '.join(rewrite.replaced)} -> {rewrite.replacement or 'nothing'}"
-        lines.append(Text.assemble((one.where, "red"), f"  {what}"))
+        number = f", {one.number} times" if one.number > 1 else ""
+        lines.append(Text.assemble((one.where, "red"), f"  {what}{number}"))
         lines.append(_indented(Text(rewrite.identity, style="dim"), 2))
-        lines.append(_indented(Text(f"with it, {one.failure}"), 2))
+        lines.append(_indented(Text(_sentence(f"with it, {one.failure}")), 2))
+        if one.worst:
+            where = f" ({one.location})" if one.location else ""
+            lines.append(_indented(Text(f"worst element {list(one.worst)} of {list(one.shape)}{where}"), 2))
+        if one.error_with is not None and one.error_without is not None:
+            errors = f"error of the model with it {one.error_with:.2g}, without it {one.error_without:.2g}"
+            lines.append(_indented(Text(errors), 2))
         if one.parting:
             lines.append(_indented(Text(one.parting), 2))
     if lines:
