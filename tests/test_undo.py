@@ -171,10 +171,10 @@ def test_a_fault_that_only_other_inputs_show_is_found_by_bisection() -> None:
             return made, []
 
     steps = (LeavesOut(),)
-    model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Identity(), nn.Linear(5, 4), nn.Identity()).eval()
+    model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Identity(), nn.Linear(12, 4), nn.Identity()).eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reparam.piece.ASKING", (LeavesOut,))
-        result = reparam.fuse(model, torch.rand(3, 5) + 0.1, passes=steps)
+        result = reparam.fuse(model, torch.rand(3, 12) + 0.1, passes=steps)
     (undone,) = result.report.undone
     assert undone.rewrite.place == Place("1")
     assert undone.local_error is None
