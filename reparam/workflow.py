@@ -21,7 +21,8 @@ from reparam.errors import ExportError, InputError, NotEquivalentError
 from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
 from reparam.inputs import Inputs
 from reparam.pipeline import fuse
-from reparam.report import Report
+from reparam.report import Report, write_report
+from reparam.report.files import require_writable
 from reparam.source import Source
 from reparam.stages import Progress, Stages
 
@@ -50,6 +51,7 @@ class Request(Source):
         fixed_sizes: whether the fused model may run at the example's sizes only, the batch apart.
         onnx, archive: which files to write.
         bench: whether to measure latency; `bench_seconds` long.
+        report: where to write the report, as HTML, Markdown or JSON by its ending; None for nowhere.
     """
 
     out: str | None = None
@@ -67,12 +69,15 @@ class Request(Source):
     archive: bool = True
     bench: bool = True
     bench_seconds: float = 5.0
+    report: str | None = None
 
 
 def run(request: Request, progress: Progress | None = None) -> Report:
     """Loads the model, fuses it, checks the result, writes the files asked for and measures.
 
-    Files appear under their names only after everything that is written was found equivalent to the original.
+    Files appear under their names only after everything that is written was found equivalent to the original. The
+    report is written in any case. An interrupt from the keyboard while latency is measured ends the measurement only:
+    the files are written, and the report says that it is partial.
 
     Args:
         progress: called with a few words when a stage starts.
@@ -82,9 +87,31 @@ def run(request: Request, progress: Progress | None = None) -> Report:
 
     Raises:
         ReparamError: bad input, or a model that cannot be captured or exported.
-        NotEquivalentError: the fused model or its ONNX file does not agree with the original. Nothing was written; the
-            error carries the report.
+        NotEquivalentError: the fused model or its ONNX file does not agree with the original. No model was written;
+            the error carries the report.
     """
+    target = None if request.report is None else require_writable(request.report)
+    try:
+        report = _run(request, progress)
+    except NotEquivalentError as error:
+        if target is not None and error.report is not None:
+            error.report = _reported(error.report, target)
+        raise
+    return report if target is None else _reported(report, target)
+
+
+def _reported(report: Report, target: Path) -> Report:
+    """Writes the report, and says in it where."""
+    report = replace(report, files={**report.files, "report": str(target)})
+    try:
+        write_report(report, target)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the models were written, the report was not") from None
+    return report
+
+
+def _run(request: Request, progress: Progress | None) -> Report:
+    """Everything but the report's file."""
     stages = Stages(progress)
     targets = output_paths(request)
     with stages("loading the model"):
@@ -131,9 +158,12 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         report = replace(report, notes=(*report.notes, *notes), seconds={**stages.seconds, **report.seconds})
         _require_equivalent(report)
         if request.bench:
-            with stages("measuring latency"):
-                timing = _measure(result.reference, result.module, session, inputs, request, progress)
-            report = replace(report, timing=timing)
+            try:
+                with stages("measuring latency"):
+                    timing = _measure(result.reference, result.module, session, inputs, request, progress)
+                report = replace(report, timing=timing, interrupted="measuring latency" if timing.partial else "")
+            except KeyboardInterrupt:  # before the first round; what is verified by now is worth keeping
+                report = replace(report, interrupted="measuring latency")
         files = _publish(folder, targets, Path(request.path))
     return replace(report, files=files, seconds={**report.seconds, **stages.seconds})
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from reparam.cli.options import output_options, source_of, source_options
-from reparam.cli.terminal import Show, console_for, guarded
+from reparam.cli.terminal import INTERRUPTED, Show, guarded, print_as
 
 if TYPE_CHECKING:
     from reparam.stages import Progress
@@ -26,7 +25,7 @@ def bench_command(
     others: tuple[str, ...],
     seconds: float,
     threads: int | None,
-    as_json: bool,
+    form: str,
     verbose: bool,
     debug: bool,
     **flags: Any,
@@ -35,22 +34,25 @@ def bench_command(
 
     Each is whatever `reparam fuse` takes, or an ONNX file, which runs in onnxruntime.
 
-    Exit status: 0 measured, 2 bad input or usage, 70 a fault in reparam.
+    Exit status: 0 measured, 2 bad input or usage, 70 a fault in reparam, 130 interrupted (what was measured is shown).
     """
 
     def work(progress: Progress) -> Show:
         from reparam.compare import bench_files
+        from reparam.report.markdown import render_timing_markdown
         from reparam.report.text import render_timing
 
         timing = bench_files(source_of(flags, "model"), others, seconds=seconds, threads=threads, progress=progress)
 
         def show() -> int:
-            if as_json:
-                click.echo(json.dumps(timing.to_dict(), indent=2, allow_nan=False))
-            else:
-                render_timing(timing, console_for(stderr=False))
-            return 0
+            print_as(
+                form,
+                timing.to_dict,
+                lambda: render_timing_markdown(timing),
+                lambda console: render_timing(timing, console),
+            )
+            return INTERRUPTED if timing.partial else 0
 
         return show
 
-    sys.exit(guarded(work, as_json=as_json, verbose=verbose, debug=debug))
+    sys.exit(guarded(work, form=form, verbose=verbose, debug=debug))

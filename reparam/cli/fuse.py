@@ -52,22 +52,24 @@ if TYPE_CHECKING:
 @click.option(
     "--bench-seconds", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Time for measuring."
 )
+@click.option("--report", metavar="PATH", help="Write the report too, as .html, .md or .json by the ending of PATH.")
 @output_options
-def fuse_command(as_json: bool, verbose: bool, debug: bool, **flags: Any) -> None:
+def fuse_command(form: str, verbose: bool, debug: bool, **flags: Any) -> None:
     """Fuses MODEL and writes MODEL.fused.onnx and MODEL.fused.pt2.
 
     MODEL is a file of torch.save (a model, a state dict, a checkpoint), safetensors, or an archive of torch.export or
     TorchScript. The fused model is compared with the original, and so is the ONNX file in onnxruntime; nothing is
     written unless both agree.
 
-    Exit status: 0 good, 1 not equivalent (nothing is written), 2 bad input or usage, 70 a fault in reparam.
+    Exit status: 0 good, 1 not equivalent (no model is written), 2 bad input or usage, 70 a fault in reparam, 130
+    interrupted (while latency was measured: everything but the rest of the measurement is there).
     """
 
     def work(progress: Progress) -> Show:
         report = _fuse(flags, progress)
-        return lambda: print_report(report, as_json=as_json, verbose=verbose)
+        return lambda: print_report(report, form=form, verbose=verbose)
 
-    sys.exit(guarded(work, as_json=as_json, verbose=verbose, debug=debug))
+    sys.exit(guarded(work, form=form, verbose=verbose, debug=debug))
 
 
 def _fuse(flags: dict[str, Any], progress: Progress) -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -50,11 +50,27 @@ data_options = options(
         help="The most images, rows or batches of DATA.",
     ),
 )  # fmt: skip
-output_options = options(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output, nothing else."),
+_output_options = options(
+    click.option(
+        "--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True,
+        help="What to print: text for a terminal, one JSON document, or Markdown for a job summary.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Short for --format json."),
     click.option("-v", "--verbose", is_flag=True, help="Show every detail."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-)
+)  # fmt: skip
+
+
+def output_options(command: Callable[..., Any]) -> Callable[[Any], Any]:
+    """What to print and how much of it: `form` is the form, whichever way it was asked for."""
+
+    @functools.wraps(command)
+    def with_form(*args: Any, form: str, as_json: bool, **flags: Any) -> Any:
+        if as_json and form == "markdown":
+            raise click.UsageError("--json and --format markdown exclude each other")
+        return command(*args, form="json" if as_json else form, **flags)
+
+    return cast("Callable[[Any], Any]", _output_options(with_form))
 
 
 def source_of(flags: dict[str, Any], path: str) -> Source:

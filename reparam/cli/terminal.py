@@ -27,18 +27,18 @@ INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130
 
 
-def guarded(work: Callable[[Progress], Show], *, as_json: bool, verbose: bool, debug: bool) -> int:
+def guarded(work: Callable[[Progress], Show], *, form: str, verbose: bool, debug: bool) -> int:
     """Does `work` with progress on standard error, prints what came of it or the error, and returns the exit status."""
     try:
         with _progress() as progress:
             show = work(progress)
     except ReparamError as error:
-        print_error(error, as_json=as_json, verbose=verbose)
+        print_error(error, form=form, verbose=verbose)
         if debug:
             traceback.print_exc()
         return error.exit_status
-    except KeyboardInterrupt:
-        click.echo("reparam: interrupted; nothing was written", err=True)
+    except KeyboardInterrupt as stop:
+        click.echo(f"reparam: interrupted; {str(stop) or 'nothing was written'}", err=True)
         return INTERRUPTED
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -49,29 +49,52 @@ def guarded(work: Callable[[Progress], Show], *, as_json: bool, verbose: bool, d
         )
         if debug:
             traceback.print_exc()
-        if as_json:
-            click.echo(json.dumps({"error": f"{type(error).__name__}: {error}", "exit_status": INTERNAL_ERROR}))
+        _print_failure(f"{type(error).__name__}: {error}", INTERNAL_ERROR, form)
         return INTERNAL_ERROR
     return show()
 
 
-def print_report(report: Report, *, as_json: bool, verbose: bool, **more: Any) -> int:
-    if as_json:
-        click.echo(json.dumps({**report.to_dict(), **more}, indent=2, allow_nan=False))
-        return 0
+def print_as(
+    form: str, plain: Callable[[], dict[str, Any]], markdown: Callable[[], str], text: Callable[[Console], None]
+) -> None:
+    """Prints a result in the form asked for; each is made only if it is."""
+    if form == "json":
+        click.echo(json.dumps(plain(), indent=2, allow_nan=False))
+    elif form == "markdown":
+        click.echo(markdown(), nl=False)
+    else:
+        text(console_for(stderr=False))
+
+
+def print_report(report: Report, *, form: str, verbose: bool, **more: Any) -> int:
     from reparam.report.text import render_text
 
-    render_text(report, console_for(stderr=False), verbose=verbose)
-    return 0
+    print_as(
+        form,
+        lambda: {**report.to_dict(), **more},
+        report.to_markdown,
+        lambda console: render_text(report, console, verbose=verbose),
+    )
+    return INTERRUPTED if report.partial else 0
 
 
-def print_error(error: ReparamError, *, as_json: bool, verbose: bool) -> None:
+def print_error(error: ReparamError, *, form: str, verbose: bool) -> None:
     report = error.report if isinstance(error, NotEquivalentError) else None
     if report is not None:
-        print_report(report, as_json=as_json, verbose=verbose, error=str(error), exit_status=error.exit_status)
-    elif as_json:
-        click.echo(json.dumps({"error": str(error), "exit_status": error.exit_status}, indent=2))
+        print_report(report, form=form, verbose=verbose, error=str(error), exit_status=error.exit_status)
+    else:
+        _print_failure(str(error), error.exit_status, form)
     click.echo(f"reparam: error: {error}", err=True)
+
+
+def _print_failure(message: str, exit_status: int, form: str) -> None:
+    """A failure as the document that was asked for; text is left to standard error."""
+    if form == "json":
+        click.echo(json.dumps({"error": message, "exit_status": exit_status}, indent=2))
+    elif form == "markdown":
+        from reparam.report.markdown import escaped
+
+        click.echo(f"## ❌ reparam failed\n\n{escaped(message)}")
 
 
 def console_for(*, stderr: bool) -> Console:

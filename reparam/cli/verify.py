@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from reparam.cli.options import data_options, output_options, source_of, source_options
-from reparam.cli.terminal import Show, console_for, guarded
+from reparam.cli.terminal import Show, guarded, print_as
 from reparam.errors import NotEquivalentError
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def verify_command(
     level: str,
     data: str | None,
     data_limit: int,
-    as_json: bool,
+    form: str,
     verbose: bool,
     debug: bool,
     **flags: Any,
@@ -47,18 +46,21 @@ def verify_command(
 
     def work(progress: Progress) -> Show:
         from reparam.compare import verify_files
+        from reparam.report.markdown import render_comparison_markdown
         from reparam.report.text import render_comparison
 
         source = source_of(flags, "original")
         comparison = verify_files(source, candidate, level=level, data=data, data_limit=data_limit, progress=progress)
 
         def show() -> int:
-            if as_json:
-                click.echo(json.dumps(comparison.to_dict(), indent=2, allow_nan=False))
-            else:
-                render_comparison(candidate, comparison, console_for(stderr=False), verbose=verbose)
+            print_as(
+                form,
+                comparison.to_dict,
+                lambda: render_comparison_markdown(candidate, comparison),
+                lambda console: render_comparison(candidate, comparison, console, verbose=verbose),
+            )
             return 0 if comparison.passed else NotEquivalentError.exit_status
 
         return show
 
-    sys.exit(guarded(work, as_json=as_json, verbose=verbose, debug=debug))
+    sys.exit(guarded(work, form=form, verbose=verbose, debug=debug))

@@ -120,8 +120,7 @@ def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputCom
                 f"{figures.original_noise:.2g}); worst element {list(figures.worst_index)}, {figures.worst_location}"
             )
     if truth is not None and measured.algebra is not None:
-        tolerance = rules.algebra_tolerance
-        algebra = _judged(measured, measured.algebra, rules.noise_factor, tolerance, by_peers=True)
+        algebra = _judged(measured, measured.algebra, rules.noise_factor, rules.algebra_tolerance)
         if not algebra.passed:
             failures.append(
                 f"{figures.name}: the float64 results differ by {figures.algebra_error or 0.0:.2g}, "
@@ -143,7 +142,6 @@ def _judged(
     floor: float,
     typical: float = 0.0,
     paired: bool = True,
-    by_peers: bool = False,
 ) -> Judgement:
     assert measured.truth is not None
     return judge(
@@ -153,7 +151,6 @@ def _judged(
         samples=measured.samples,
         typical=typical,
         paired=paired,
-        by_peers=by_peers,
     )
 
 

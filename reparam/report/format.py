@@ -14,6 +14,25 @@ SHOWN_PLACES = 3
 SHOWN_CANDIDATES = 5
 
 
+CAPTURED = {
+    "symbolic": "by symbolic tracing",
+    "export": "by torch.export",
+    "partial": "in parts",
+    "modules": "in parts, keeping its own class",
+}
+"""How a graph was captured, in words."""
+
+
+def sentence(text: str) -> str:
+    """`text` with a full stop, unless it ends in a mark."""
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def capital(text: str) -> str:
+    """`text` with a large first letter."""
+    return text[:1].upper() + text[1:]
+
+
 def count(value: int) -> str:
     """`1,234` below a million, then `5.29 M`, `1.10 G`."""
     for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -12,7 +11,9 @@ from rich.text import Text
 
 from reparam.report.evidence import case_line, outputs_of
 from reparam.report.format import (
+    CAPTURED,
     SHOWN_PLACES,
+    capital,
     count,
     duration,
     grouped_choices,
@@ -20,8 +21,11 @@ from reparam.report.format import (
     grouped_rewrites,
     operation_rows,
     places,
+    sentence,
     shown_candidates,
 )
+from reparam.report.headline import headline
+from reparam.report.tables import environment_rows, remarks
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -36,9 +40,13 @@ def render_text(report: Report, console: Console, *, verbose: bool = False) -> N
     """Prints `report` on `console`.
 
     Args:
-        verbose: list every rewrite and every place, with the identity applied, and the time each stage took.
+        verbose: list every rewrite and every place, with the identity applied, the settings, and the time each stage
+            took.
     """
-    console.print(f"[bold]{escape(report.model)}[/bold], captured {_how(report.capture)}")
+    console.print(f"[bold]{escape(report.model)}[/bold], captured {CAPTURED.get(report.capture, report.capture)}")
+    partial = headline(report).partial
+    if partial:
+        console.print(Text(partial, style="yellow"))
     console.print()
     console.print(_operations(report))
     for title, lines in (
@@ -50,7 +58,7 @@ def render_text(report: Report, console: Console, *, verbose: bool = False) -> N
         ("Latency", _latency(report)),
         ("Written", _files(report)),
         ("Notes", list(report.notes)),
-        ("Time taken", _seconds(report) if verbose else []),
+        ("Environment", [f"{name}: {value}" for name, value in environment_rows(report)] if verbose else []),
     ):
         if lines:
             console.print()
@@ -62,16 +70,6 @@ def render_text(report: Report, console: Console, *, verbose: bool = False) -> N
 def _indented(line: RenderableType, columns: int) -> Padding:
     """`line` moved to the right, with whatever it wraps into."""
     return Padding(line, (0, 0, 0, columns), expand=False)
-
-
-def _how(capture: str) -> str:
-    ways = {
-        "symbolic": "by symbolic tracing",
-        "export": "by torch.export",
-        "partial": "in parts",
-        "modules": "in parts, keeping its own class",
-    }
-    return ways.get(capture, capture)
 
 
 def _operations(report: Report) -> Table:
@@ -110,7 +108,7 @@ def _undone(report: Report) -> list[RenderableType]:
         number = f", {one.number} times" if one.number > 1 else ""
         lines.append(Text.assemble((one.where, "red"), f"  {what}{number}"))
         lines.append(_indented(Text(rewrite.identity, style="dim"), 2))
-        lines.append(_indented(Text(_sentence(f"with it, {one.failure}")), 2))
+        lines.append(_indented(Text(sentence(f"with it, {one.failure}")), 2))
         if one.worst:
             where = f" ({one.location})" if one.location else ""
             lines.append(_indented(Text(f"worst element {list(one.worst)} of {list(one.shape)}{where}"), 2))
@@ -130,8 +128,8 @@ def _refusals(report: Report, verbose: bool) -> list[RenderableType]:
         number = f"{len(group)} x " if len(group) > 1 else ""
         shown = len(group) if verbose else 3
         lines.append(Text.assemble((f"{number}{first.subject}", "yellow"), f" at {places(group, shown)}"))
-        remedy = f" {_sentence(first.remedy)}" if first.remedy else ""
-        lines.append(_indented(Text(f"{_sentence(first.reason)}{remedy}", style="dim"), 2))
+        remedy = f" {sentence(first.remedy)}" if first.remedy else ""
+        lines.append(_indented(Text(f"{sentence(first.reason)}{remedy}", style="dim"), 2))
     return lines
 
 
@@ -183,14 +181,6 @@ def _prices(candidate: Candidate) -> tuple[str, ...]:
     return (duration(cost.seconds), count(cost.macs), count(cost.parameters), count(cost.launches))
 
 
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def render_comparison(subject: str, comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
     """Prints one comparison; with `verbose` also every figure of each output, and the verdict on each case."""
     for line in _comparison(subject, comparison, verbose):
@@ -221,9 +211,9 @@ def _comparison(subject: str, comparison: Comparison, verbose: bool = False) -> 
         more += [_indented(Text(case_line(case), style="dim"), 2) for case in comparison.cases]
     return [
         Text.assemble(f"{subject}: ", (comparison.summary(), style)),
-        *(_indented(Text(_sentence(failure), style="red"), 2) for failure in comparison.failures[1:6]),
-        *([] if comparison.parting is None else [_indented(Text(_sentence(_capital(str(comparison.parting)))), 2)]),
-        *(_indented(Text(_sentence(note), style="dim"), 2) for note in comparison.notes),
+        *(_indented(Text(sentence(failure), style="red"), 2) for failure in comparison.failures[1:6]),
+        *([] if comparison.parting is None else [_indented(Text(sentence(capital(str(comparison.parting)))), 2)]),
+        *(_indented(Text(sentence(note), style="dim"), 2) for note in comparison.notes),
         *more,
     ]
 
@@ -245,7 +235,7 @@ def _timing(subject: str, timing: Timing) -> list[RenderableType]:
     return [
         Text(f"{where}, {threads}, {timing.runs} paired runs{partial}"),
         _timing_table(timing),
-        *(Text(_sentence(warning), style="yellow") for warning in timing.warnings),
+        *(Text(remark, style="yellow") for remark in remarks(timing)),
     ]
 
 
@@ -265,12 +255,3 @@ def _timing_table(timing: Timing) -> Table:
 
 def _files(report: Report) -> list[RenderableType]:
     return [Text(path) for path in report.files.values()]
-
-
-def _seconds(report: Report) -> list[RenderableType]:
-    return list(_stages(report))
-
-
-def _stages(report: Report) -> Iterator[Text]:
-    for stage, seconds in report.seconds.items():
-        yield Text(f"{stage}: {duration(seconds)}")

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from reparam.report.headline import headline
+
 if TYPE_CHECKING:
     from reparam.bench import Timing
     from reparam.equivalence import Comparison
@@ -101,6 +103,18 @@ class Report:
         made = [comparison for comparison in (self.comparison, self.onnx_comparison) if comparison is not None]
         return all(comparison.passed for comparison in made) if made else None
 
+    def to_html(self) -> str:
+        """The report as one HTML page that needs nothing else."""
+        from reparam.report.html import render_html
+
+        return render_html(self)
+
+    def to_markdown(self) -> str:
+        """The report as GitHub's Markdown."""
+        from reparam.report.markdown import render_markdown
+
+        return render_markdown(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; infinities and NaN become strings, since JSON has no literal for them."""
         plain = _plain(
@@ -108,6 +122,7 @@ class Report:
                 "model": self.model,
                 "capture": self.capture,
                 "equivalent": self.equivalent,
+                "headline": headline(self).to_dict(),
                 "before": self.before.to_dict(),
                 "after": self.after.to_dict(),
                 "rewrites": [rewrite.to_dict() for rewrite in self.rewrites],

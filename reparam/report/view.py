@@ -51,6 +51,20 @@ class GraphView:
     after: tuple[NodeView, ...]
     regions: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def removed(self) -> frozenset[int]:
+        """Regions for which nothing stands in the graph after."""
+        return frozenset(range(len(self.regions))) - {node.region for node in self.after}
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """For each region the side and the index of its first node: `before-12`."""
+        first: dict[int | None, str] = {}
+        for side, nodes in (("before", self.before), ("after", self.after)):
+            for index, node in enumerate(nodes):
+                first.setdefault(node.region, f"{side}-{index}")
+        return tuple(first[region] for region in range(len(self.regions)))
+
     def to_dict(self) -> dict[str, Any]:
         """The view as plain JSON types."""
         return asdict(self)

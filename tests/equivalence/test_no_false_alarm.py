@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam.equivalence import compare_outputs, verify
+from reparam.equivalence import verify
 from tests.equivalence.nets import Branchy, Plain, TwoOutputs, example, folded, randomise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -121,16 +121,3 @@ def test_the_noise_stays_the_yardstick_for_deep_nets(dtype: torch.dtype) -> None
     comparison = verify(original, folded(original), example(dtype))
     assert comparison.passed, comparison.failures
     assert comparison.original_noise > torch.finfo(dtype).eps / 8
-
-
-def test_a_logit_that_is_nearly_zero_by_chance_is_held_to_the_scale_of_its_peers() -> None:
-    truth = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    truth[0, 667] = 1e-5
-    own = truth.to(torch.bfloat16)
-    off = truth.clone()
-    off[0, 667] += 1e-12
-    fine = compare_outputs(truth, own, own, candidate_float64=off)
-    assert all(output.passed for output in fine), fine[0].failures
-    off[0, 667] += 1e-8
-    wrong = compare_outputs(truth, own, own, candidate_float64=off)
-    assert "index 667 of dim 1" in wrong[0].failures[0]

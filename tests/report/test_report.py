@@ -97,7 +97,7 @@ def test_verbose_lists_everything() -> None:
     assert printed.count("W' = W * g") == 20
     assert "layer19.conv (net.py:41)" in printed
     assert "and 17 more" not in printed
-    assert "fusing: 250 ms" in printed
+    assert "time for fusing: 250 ms" in printed
     assert "layer19.conv" not in text(REPORT)
 
 
@@ -193,7 +193,7 @@ def test_json_is_strict_and_complete() -> None:
     assert plain["timing"]["ratios"]["fused [eager]"]["value"] == 2.0
     assert plain["timing"]["samples"]["original"] == [0.004, 0.005, 0.006]
     assert plain["files"] == {"onnx": "net.fused.onnx"}
-    assert set(plain) == {"equivalent", "partial", *vars(report)}
+    assert set(plain) == {"equivalent", "headline", "partial", *vars(report)}
 
 
 @pytest.mark.parametrize(
