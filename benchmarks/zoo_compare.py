@@ -2,6 +2,7 @@
 
     python benchmarks/zoo_compare.py [--budget 500] [--models REGEX] [--seconds 6] [--threads 1]
     python benchmarks/zoo_compare.py --device cuda [--runtimes eager,cuda-graphs,compile] [--dtypes ...] [--batches ...]
+    python benchmarks/zoo_compare.py --shard 1/4 --out A ... --merge A B C D    # several processes on a large machine
 
 On the CPU each model is timed in eager mode and in onnxruntime; on a GPU in eager mode, as CUDA graphs and compiled, in
 float32, TF32, float16 and bfloat16, with one image and with 64. All variants of a cell run in paired, interleaved
@@ -93,8 +94,9 @@ def keys(args: argparse.Namespace) -> list[Key]:
 
 def pending(args: argparse.Namespace, rows: Mapping[str, Row]) -> Iterator[tuple[Candidate, list[Key]]]:
     """Models with the cells that are due; cells that take long come after all others."""
+    first, step = args.shard
     for late in (False, True):
-        for candidate in models(args.device):
+        for candidate in models(args.device)[first - 1 :: step]:
             if not re.search(args.models, candidate.model):
                 continue
             row = rows.get(candidate.model)
@@ -226,6 +228,32 @@ def save(path: Path, rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:
     write(path.with_suffix(".md"), markdown(ordered, facts))
 
 
+def merged(folders: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Row], dict[str, Any]]:
+    """The rows of several runs under the same conditions, and what these were.
+
+    Raises:
+        ValueError: a file is missing, or the conditions differ.
+    """
+    rows: dict[str, Row] = {}
+    facts: dict[str, Any] = {}
+    for folder in folders:
+        path = (folder / stem(args).name).with_suffix(".json")
+        if not path.exists():
+            raise ValueError(f"{path} is not there: give folders that --out was given")
+        saved = json.loads(path.read_text())
+        facts = facts or {key: saved[key] for key in ("command", "conditions")}
+        rows |= load(path, facts["conditions"])
+    return rows, {**facts, "command": f"{facts['command']} --shard 1/{len(folders)} (and so on, at the same time)"}
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`2/5` as numbers."""
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 2/5")
+    return int(match[1]), int(match[2])
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -238,6 +266,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--machine", help="the cost model's machine; by default the one `fuse` takes")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no cell is started")
     parser.add_argument("--again", choices=("all", "failed"), help="measure these although they are done")
+    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="N/M", help="every M-th model, from the N-th on")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FOLDER", help="measure nothing, put shards together")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(arguments)
     for name, defaults in (("runtimes", RUNTIMES), ("dtypes", DTYPES), ("batches", BATCHES)):
@@ -247,7 +277,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     allowed = {"cpu": {"eager", "onnxruntime", "compile"}, "cuda": {"eager", "cuda-graphs", "compile"}}[args.device]
     if not set(args.runtimes) <= allowed:
         parser.error(f"--runtimes: on {args.device} choose from {', '.join(sorted(allowed))}")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not args.merge and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     return args
 
@@ -263,6 +293,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     signal.signal(signal.SIGTERM, _stop)
     path = stem(args)
+    if args.merge:
+        try:
+            save(path, *merged(args.merge, args))
+        except ValueError as error:
+            print(error)
+            return 2
+        return 0
     facts = {"command": f"python benchmarks/zoo_compare.py --device {args.device}", "conditions": conditions(args)}
     try:
         rows = {} if args.again == "all" else load(path.with_suffix(".json"), facts["conditions"])

@@ -233,3 +233,22 @@ def test_revision_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(record.subprocess, "run", missing)
     assert record.engine_revision().startswith("unknown-changed-")
+
+
+def test_shards_are_disjoint_and_are_put_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = [candidate.model for candidate, _ in pending(parse([]), {})]
+    parts = [[candidate.model for candidate, _ in pending(parse(["--shard", f"{n}/3"]), {})] for n in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == sorted(whole)
+    assert parts[0][:2] == [whole[0], whole[3]]
+    for name, held in (("a", GOOD[:1]), ("b", GOOD[1:])):
+        save(tmp_path / name / "zoo_compare", {one.model: one for one in held}, FACTS)
+    folders = [str(tmp_path / name) for name in "ab"]
+    assert zoo_compare.main(["--merge", *folders, "--out", str(tmp_path)]) == 0
+    assert set(load(tmp_path / "zoo_compare.json", CONDITIONS)) == {one.model for one in GOOD}
+    assert "--shard 1/2" in (tmp_path / "zoo_compare.md").read_text()
+    other = {**FACTS, "conditions": {**CONDITIONS, "revision": "def"}}
+    save(tmp_path / "b" / "zoo_compare", {GOOD[1].model: GOOD[1]}, other)
+    assert zoo_compare.main(["--merge", *folders, "--out", str(tmp_path)]) == 2
+    assert "revision" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(["--shard", "4/3"])
