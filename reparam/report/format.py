@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reparam.passes.base import Choice, Refusal, Rewrite
+    from reparam.passes.base import Choice, Refusal, Rewrite, Undone
     from reparam.report.values import Report
 
 SHOWN_PLACES = 3
@@ -31,6 +31,17 @@ def sentence(text: str) -> str:
 def capital(text: str) -> str:
     """`text` with a large first letter."""
     return text[:1].upper() + text[1:]
+
+
+def undone_lines(undone: Undone) -> list[str]:
+    """What is known of a rewrite that was undone, a sentence each."""
+    lines = [sentence(f"with it, {undone.failure}")]
+    if undone.worst:
+        where = f" ({undone.location})" if undone.location else ""
+        lines.append(f"worst element {list(undone.worst)} of {list(undone.shape)}{where}")
+    if undone.error_with is not None and undone.error_without is not None:
+        lines.append(f"error of the model with it {undone.error_with:.2g}, without it {undone.error_without:.2g}")
+    return [*lines, undone.parting] if undone.parting else lines
 
 
 def count(value: int) -> str:

@@ -47,6 +47,7 @@ def render_html(report: Report) -> str:
             (subject, comparison, charts.error_chart(comparison)) for subject, comparison in tables.comparisons(report)
         ],
         graph=None if report.graph is None else grouped(report.graph),
+        anchors=() if report.graph is None else report.graph.anchors,
         one_row=_one_row,
         environment_rows=tables.environment_rows(report),
     )
@@ -85,6 +86,7 @@ def _environment() -> Environment:
         "sentence": format.sentence,
         "capital": format.capital,
         "places": format.places,
+        "undone_lines": format.undone_lines,
         "drawn": diagram.drawn,
         "latency_rows": tables.latency_rows,
         "measured_on": tables.measured_on,

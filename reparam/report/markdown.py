@@ -10,6 +10,7 @@ from reparam.report import tables
 from reparam.report.evidence import case_line, outputs_of
 from reparam.report.format import (
     CAPTURED,
+    capital,
     count,
     duration,
     grouped_choices,
@@ -19,6 +20,7 @@ from reparam.report.format import (
     places,
     sentence,
     shown_candidates,
+    undone_lines,
 )
 from reparam.report.headline import headline
 
@@ -163,7 +165,7 @@ def _undone(report: Report) -> Iterator[str]:
     yield "Verification found these rewrites at fault, and the model was fused without them. Please report this."
     yield ""
     rows = [
-        (*_rewrite_row(one.rewrite), escaped(" ".join(sentence(part) for part in (one.failure, one.parting) if part)))
+        (*_rewrite_row(one.rewrite), escaped(" ".join(map(sentence, map(capital, undone_lines(one))))))
         for one in report.undone
     ]
     yield from _table(("where", "what was tried", "because", "what was wrong"), rows)

@@ -23,6 +23,7 @@ from reparam.report.format import (
     places,
     sentence,
     shown_candidates,
+    undone_lines,
 )
 from reparam.report.headline import headline
 from reparam.report.tables import environment_rows, remarks
@@ -108,15 +109,7 @@ def _undone(report: Report) -> list[RenderableType]:
         number = f", {one.number} times" if one.number > 1 else ""
         lines.append(Text.assemble((one.where, "red"), f"  {what}{number}"))
         lines.append(_indented(Text(rewrite.identity, style="dim"), 2))
-        lines.append(_indented(Text(sentence(f"with it, {one.failure}")), 2))
-        if one.worst:
-            where = f" ({one.location})" if one.location else ""
-            lines.append(_indented(Text(f"worst element {list(one.worst)} of {list(one.shape)}{where}"), 2))
-        if one.error_with is not None and one.error_without is not None:
-            errors = f"error of the model with it {one.error_with:.2g}, without it {one.error_without:.2g}"
-            lines.append(_indented(Text(errors), 2))
-        if one.parting:
-            lines.append(_indented(Text(one.parting), 2))
+        lines += [_indented(Text(line), 2) for line in undone_lines(one)]
     if lines:
         lines.append("The model was fused without them, and is verified. Please report this: a rewrite must be exact.")
     return lines

@@ -97,6 +97,10 @@ class Page:
         value = "dark" if on else "light"
         self._ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
+    def media(self, name: str) -> None:
+        """The medium that the styles are for: `print`, or empty for a screen."""
+        self._ask("Emulation.setEmulatedMedia", media=name)
+
     def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}

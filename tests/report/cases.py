@@ -26,6 +26,10 @@ REMOVED = Rewrite("inference form", Place("drop", "net.py:44"), ("drop: Dropout"
 UNDONE = Undone(
     replace(rewrite(7), identity="A(B(x)) = C(x)"),
     "output: the error of the candidate is 9 times what is allowed",
+    worst=(0, 7),
+    shape=(2, 10),
+    error_with=0.125,
+    error_without=2e-15,
     parting="the first tensor that only the original computes is that of conv2d in layer7",
 )
 REFUSAL = Refusal(

@@ -43,6 +43,8 @@ FACTS: list[tuple[str, Callable[[Plain], Any], Any]] = [
      "output: the error of the candidate is 9 times what is allowed"),
     ("the first tensor that only the original computes is that of conv2d in layer7",
      lambda r: r["undone"][0]["parting"], cases.UNDONE.parting),
+    ("worst element [0, 7] of [2, 10]", lambda r: r["undone"][0]["worst"], [0, 7]),
+    ("error of the model with it 0.12, without it 2e-15", lambda r: r["undone"][0]["error_with"], 0.125),
     ("one layer: Conv2d(8, 8, 3x3)", lambda r: r["choices"][0]["chosen"], 1),
     ("bn stays in front of conv: it is padded", lambda r: r["choices"][0]["candidates"][2]["excluded"],
      "bn stays in front of conv: it is padded"),
