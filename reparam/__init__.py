@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from reparam.bench import Timing, benchmark
+    from reparam.bench import Timing
     from reparam.capture.inference import register_inference_form, unregister_inference_form
     from reparam.capture.load import load
     from reparam.equivalence import Comparison, verify
     from reparam.errors import CaptureError, ExportError, InputError, NotEquivalentError, OtherInputError, ReparamError
     from reparam.export import export_archive, export_onnx
     from reparam.graph.register import OpCall, register_linear_op, unregister_linear_op
+    from reparam.latency import benchmark
     from reparam.passes.base import Refusal, Rewrite
     from reparam.pipeline import FuseResult, fuse
     from reparam.report import Report
@@ -36,7 +37,7 @@ _HOMES = {
     "Report": "reparam.report",
     "Rewrite": "reparam.passes.base",
     "Timing": "reparam.bench",
-    "benchmark": "reparam.bench",
+    "benchmark": "reparam.latency",
     "export_archive": "reparam.export",
     "export_onnx": "reparam.export",
     "fuse": "reparam.pipeline",

@@ -20,7 +20,8 @@ from reparam.equivalence import Comparison, verify
 from reparam.errors import ExportError, InputError, NotEquivalentError
 from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
 from reparam.inputs import Inputs
-from reparam.pipeline import fuse
+from reparam.latency import change_of, with_reasons
+from reparam.pipeline import FuseResult, fuse
 from reparam.report import Report, write_report
 from reparam.report.files import require_writable
 from reparam.source import Source
@@ -160,7 +161,7 @@ def _run(request: Request, progress: Progress | None) -> Report:
         if request.bench:
             try:
                 with stages("measuring latency"):
-                    timing = _measure(result.reference, result.module, session, inputs, request, progress)
+                    timing = _measure(result, session, inputs, request, progress)
                 report = replace(report, timing=timing, interrupted="measuring latency" if timing.partial else "")
             except KeyboardInterrupt:  # before the first round; what is verified by now is worth keeping
                 report = replace(report, interrupted="measuring latency")
@@ -220,14 +221,13 @@ def _require_equivalent(report: Report) -> None:
 
 
 def _measure(
-    model: nn.Module,
-    fused: nn.Module,
+    result: FuseResult,
     session: OnnxSession | None,
     inputs: Inputs,
     request: Request,
     progress: Progress | None,
 ) -> Timing:
-    variants: dict[str, Any] = {"original": model, "fused": fused}
+    variants: dict[str, Any] = {"original": result.reference, "fused": result.module}
     if session is not None:
         variants["fused, onnxruntime"] = session
     share: Callable[[float, str], None] | None = None
@@ -237,7 +237,8 @@ def _measure(
         def share(done: float, text: str) -> None:
             announce(f"measuring latency: {done:.0%}")
 
-    return benchmark(variants, inputs, max_seconds=request.bench_seconds, seed=request.seed, progress=share)
+    timing = benchmark(variants, inputs, max_seconds=request.bench_seconds, seed=request.seed, progress=share)
+    return with_reasons(timing, {"fused": change_of(result)})
 
 
 def output_paths(request: Request) -> dict[str, Path]:

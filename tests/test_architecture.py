@@ -65,12 +65,21 @@ MAY_IMPORT["piece"] = (*MAY_IMPORT["pipeline"], "reparam.picture")
 MAY_IMPORT["partial"] = (*MAY_IMPORT["piece"], "reparam.piece")
 MAY_IMPORT["undo"] = ("reparam.equivalence", "reparam.passes")
 MAY_IMPORT["pipeline"] = (*MAY_IMPORT["partial"], "reparam.partial", "reparam.undo")
-MAY_IMPORT["__init__"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline")
+MAY_IMPORT["runtimes"] = ("reparam.bench", "reparam.export")
+MAY_IMPORT["latency"] = ("reparam.bench", "reparam.pipeline", "reparam.runtimes")
+MAY_IMPORT["__init__"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline", "reparam.latency")
 MAY_IMPORT["source"] = ("reparam.capture",)
+MAY_IMPORT["bench_files"] = (
+    *("reparam", "reparam.bench", "reparam.export", "reparam.latency", "reparam.opened", "reparam.pipeline"),
+    *("reparam.runtimes", "reparam.source"),
+)
 MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam", "reparam.source")
 MAY_IMPORT["opened"] = ("reparam.capture", "reparam.equivalence", "reparam.export", "reparam.source")
-MAY_IMPORT["compare"] = (*MAY_IMPORT["opened"], "reparam.bench", "reparam.data", "reparam.opened")
-MAY_IMPORT["cli"] = (*MAY_IMPORT["workflow"], "reparam.workflow", "reparam.compare", "reparam.source")
+MAY_IMPORT["compare"] = (*MAY_IMPORT["opened"], "reparam.data", "reparam.opened")
+MAY_IMPORT["cli"] = (
+    *MAY_IMPORT["workflow"],
+    *map("reparam.{}".format, ("bench_files", "compare", "source", "workflow")),
+)
 MAY_IMPORT["__main__"] = ("reparam.cli",)
 
 FX_ROOMS = {"capture", "graph", "passes", "picture", "piece", "partial"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,13 @@ class Assembly:
     backends: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def add(self, runner: Runner, device: torch.device, backend: str, footprint: Footprint) -> None:
+        """Takes a runner that was seen to run."""
+        self.runners.append(runner)
+        self.devices.append(device)
+        self.backends[runner.label] = backend
+        self.footprints[runner.label] = footprint
+
 
 def assemble(
     variants: Mapping[str, Variant],
@@ -54,49 +62,43 @@ def assemble(
     Args:
         backends: those to use, by name.
         memory: whether to measure the peak of memory, which takes a further call.
-        lenient: whether a variant that a backend cannot build or run is left out, with its baseline's other variants
-            measured; else it raises.
+        lenient: whether a variant that cannot be built or run is left out with its reason; else it raises.
 
     Raises:
         InputError: a variant is no callable, or fails on the inputs.
     """
     made = Assembly()
+
+    @contextmanager
+    def left_out(label: str) -> Iterator[None]:
+        try:
+            yield
+        except ReparamError as error:
+            if not lenient:
+                raise
+            made.left_out[label] = str(error)
+
     baselines: dict[str, str] = {}
     for name, variant in variants.items():
         if not callable(variant):
             raise InputError(f"variant {name!r} is a {type(variant).__name__}; pass a module or a callable")
         device = device_of(variant, inputs, place.device)
         if not isinstance(variant, nn.Module):
-            made.backends[name] = ""
-            prepare = _prepare(variant, inputs)
             baseline = made.runners[0].label if made.runners else name
-            _add(made, Runner(name, prepare, clock or clock_for(device), baseline), device, name, Footprint())
+            runner = Runner(name, _prepare(variant, inputs), clock or clock_for(device), baseline)
+            with left_out(name):
+                made.add(runner, device, "", Footprint(first_seconds=_runs(name, runner)))
             continue
         check_on(place, device)
         local, module = place.inputs(inputs, device), place.module(variant, device)
         for backend, row in backends.items():
             label = f"{name} [{backend}]" if len(backends) > 1 else name
             job = Job(module, local, device, place.threads, place.precision)
-            try:
+            with left_out(label):
                 runner, footprint = _build(label, name, row, job, place, clock, baselines.get(backend, label), memory)
-            except ReparamError as error:
-                if not lenient:
-                    raise
-                made.left_out[label] = str(error)
-                continue
-            baselines.setdefault(backend, label)
-            made.backends[label] = backend
-            made.runners.append(runner)
-            made.devices.append(device)
-            made.footprints[label] = footprint
+                baselines.setdefault(backend, label)
+                made.add(runner, device, backend, footprint)
     return made
-
-
-def _add(made: Assembly, runner: Runner, device: torch.device, name: str, footprint: Footprint) -> None:
-    first = _runs(name, runner)
-    made.runners.append(runner)
-    made.devices.append(device)
-    made.footprints[runner.label] = Footprint(first_seconds=first)
 
 
 def _build(
@@ -108,7 +110,10 @@ def _build(
 
     def make() -> Callable[..., Any]:
         call = row.build(job)
-        return GraphedCall(call, job.inputs, job.device) if place.cuda_graphs and row.torch else call
+        if not (place.cuda_graphs and row.torch):
+            return call
+        with torch.inference_mode():
+            return GraphedCall(call, job.inputs, job.device)
 
     try:
         if place.cuda_graphs and row.torch and memory:
@@ -126,7 +131,8 @@ def _build(
     runner = Runner(label, _prepare(call, job.inputs), timer, baseline)
     first = _runs(name, runner)
     if memory and row.torch and peak is None:
-        peak = peak_of(runner.prepare(), job.device)
+        with torch.inference_mode():
+            peak = peak_of(runner.prepare(), job.device)
     return runner, Footprint(weights_of(job.module), peak, built, first)
 
 
@@ -144,7 +150,8 @@ def _prepare(call: Callable[..., Any], inputs: Inputs) -> Callable[[], Callable[
 def _runs(name: str, runner: Runner) -> float:
     """Seconds of the first call."""
     try:
-        return runner.clock.time(runner.prepare())
+        with torch.inference_mode():
+            return runner.clock.time(runner.prepare())
     except Exception as error:
         raise InputError(f"variant {name!r} fails on the example inputs: {_first_line(error)}") from error
 

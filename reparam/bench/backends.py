@@ -75,8 +75,6 @@ def eager(job: Job) -> Callable[..., Any]:
 
 def compiled(job: Job) -> Callable[..., Any]:
     """`torch.compile` at its default settings; what cannot be compiled raises, where torch would fall back silently."""
-    from torch._dynamo import config
-
     module = job.module
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -84,16 +82,21 @@ def compiled(job: Job) -> Callable[..., Any]:
 
     # A code object of its own: compiled code is looked up by it, and variants of one class would share a list.
     own = types.FunctionType(run.__code__.replace(co_name="variant"), run.__globals__, "variant", None, run.__closure__)
-    call = torch.compile(own, dynamic=False)
-    with config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True), quiet():
-        job.inputs.call(call)
+    with quiet():  # importing the compiler warns of deprecations of its own
+        from torch._dynamo import config
+
+        call = torch.compile(own, dynamic=False)
+        limits = config.patch(recompile_limit=MOST_COMPILATIONS, fail_on_recompile_limit_hit=True)
+        with limits, torch.inference_mode():  # as it will be called: another mode would compile again
+            job.inputs.call(call)
     return call
 
 
 def no_compiler(device: torch.device) -> str:
     """What `torch.compile` lacks."""
     try:
-        torch._dynamo.eval_frame.check_if_dynamo_supported()
+        with quiet():
+            torch._dynamo.eval_frame.check_if_dynamo_supported()
     except Exception as error:
         return f"torch.compile cannot be used: {str(error).splitlines()[0]}"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:

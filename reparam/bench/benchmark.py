@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,14 +95,9 @@ def benchmark(
             if clock is None:
                 paces.append(pace(made.devices[0]))
 
-        measured = measure(
-            made.runners,
-            min_runs=min_runs,
-            max_seconds=max_seconds,
-            seed=seed,
-            progress=progress,
-            warm=note_pace,
-        )
+        options: dict[str, Any] = {"seed": seed, "progress": progress, "warm": note_pace}
+        with torch.inference_mode():
+            measured = measure(made.runners, min_runs=min_runs, max_seconds=max_seconds, **options)
         note_pace()
         used, precision = torch.get_num_threads(), precision_in_use()
     return Timing(

@@ -21,6 +21,7 @@ DTYPES: dict[str, torch.dtype] = {
     "tf32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
 }
 
 

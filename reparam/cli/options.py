@@ -17,7 +17,7 @@ def options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
 
 
-source_options = options(
+file_options = options(
     click.option(
         "--arch", metavar="ARCH", help="Who builds the model: timm:NAME, torchvision:NAME or package.module:callable."
     ),
@@ -34,11 +34,14 @@ source_options = options(
     click.option(
         "--allow-pickle", is_flag=True, help="Let the file run any code. Only for files whose source you trust."
     ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of all random inputs."),
+)  # fmt: skip
+source_options = options(
+    file_options,
     click.option(
         "--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]), help="Convert the model first."
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of all random inputs."),
-)  # fmt: skip
+)
 data_options = options(
     click.option(
         "--data", metavar="DATA",

@@ -70,7 +70,11 @@ def latency_rows(timing: Timing) -> list[tuple[str, str, str, str]]:
 
 def remarks(timing: Timing) -> list[str]:
     """Why a variant is not faster, what was not measured and why, and what makes the figures doubtful."""
-    slow = [f"{label}: {sentence(reason)}" for label, reasons in timing.reasons.items() for reason in reasons]
+    slow = [
+        f"{label} is not faster than {timing.ratios[label].baseline} on this machine: {sentence(reason)}"
+        for label, reasons in timing.reasons.items()
+        for reason in reasons
+    ]
     absent = [f"{label} was not measured: {sentence(why)}" for label, why in timing.left_out.items()]
     return [*slow, *absent, *map(sentence, timing.warnings)]
 

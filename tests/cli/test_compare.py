@@ -247,13 +247,18 @@ def test_a_damaged_onnx_file_is_one_sentence(files: dict[str, Path], tmp_path: P
     assert "internal error" not in result.stderr
 
 
+def samples_of(result: click.testing.Result) -> dict[str, Any]:
+    """Label -> samples of the only cell."""
+    (cell,) = json.loads(result.stdout)["cells"]
+    return cell["timing"]["samples"]  # type: ignore[no-any-return]
+
+
 def test_every_format_is_measured(files: dict[str, Path]) -> None:
     names = ["model.pt", "model.pt2", "model.ts", "model.onnx"]
     result = invoke("bench", *(files[name] for name in names), *INPUT, "--json", "--seconds", 0)
     assert result.exit_code == 0, result.output
-    timing = json.loads(result.stdout)
-    assert list(timing["samples"]) == names
-    assert all(len(samples) >= 5 for samples in timing["samples"].values())
+    assert list(samples_of(result)) == names
+    assert all(len(samples) >= 5 for samples in samples_of(result).values())
     table = invoke("bench", *(files[name] for name in names), *INPUT, "--seconds", 0).stdout
     assert "against model.pt" in table
 
@@ -261,15 +266,17 @@ def test_every_format_is_measured(files: dict[str, Path]) -> None:
 def test_a_file_given_again_is_measured_again(files: dict[str, Path]) -> None:
     path = files["model.pt"]
     result = invoke("bench", path, path, path, path, *INPUT, "--json", "--seconds", 0)
-    assert list(json.loads(result.stdout)["samples"]) == ["model.pt", str(path), f"{path} (2)", f"{path} (3)"]
+    assert list(samples_of(result)) == ["model.pt", str(path), f"{path} (2)", f"{path} (3)"]
 
 
 def test_the_pytorch_model_tells_the_inputs_wherever_it_stands(files: dict[str, Path]) -> None:
     result = invoke("bench", files["model.onnx"], files["model.pt2"], "--json", "--seconds", 0)
-    assert list(json.loads(result.stdout)["samples"]) == ["model.onnx", "model.pt2"]
+    assert list(samples_of(result)) == ["model.onnx", "model.pt2"]
+    fixed = invoke("bench", files["fixed.onnx"], files["model.onnx"], "--json", "--seconds", 0)
+    assert list(samples_of(fixed)) == ["fixed.onnx", "model.onnx"]
     alone = invoke("bench", files["model.onnx"])
     assert alone.exit_code == 2
-    assert "none of the files is a PyTorch model" in alone.stderr
+    assert "is an ONNX file, which cannot be fused; give the PyTorch model" in alone.stderr
 
 
 def test_fuse_says_what_it_needs_of_an_onnx_file(files: dict[str, Path]) -> None:
