@@ -218,9 +218,7 @@ def _notes_of(said: Sequence[Said]) -> tuple[str, ...]:
 def _checks_of(ledger: Ledger) -> tuple[str, ...]:
     """Where rewrites were not checked where they stand, and what such checks found that the whole does not show."""
     faults = (
-        f"{one.tensor}{'' if one.difference is None else f': {one.difference.what}'}, after "
-        f"{'changes that are no rewrite' if one.rewrite is None else f'the rewrite at {one.rewrite.where}'}; "
-        "the whole model does not show it"
+        f"{one.tensor}{'' if one.difference is None else f': {one.difference.what}'}; the whole model does not show it"
         for one in ledger.faults
     )
     return (*(f"not each rewrite was checked where it stands; {why}" for why in ledger.unchecked), *faults)

@@ -42,7 +42,7 @@ class Attempt(Generic[Made]):
     def faults(self) -> list[Fault]:
         """Faults of rewrites where they stand; where the whole model was compared in float64, it is what counts."""
         whole = self.comparison is None or (self.comparison.passed and self.comparison.algebra_error is not None)
-        return [] if whole else [fault for fault in self.ledger.faults if fault.rewrite is not None]
+        return [] if whole else self.ledger.faults
 
 
 Try = Callable[[Ledger, "frozenset[str] | None", bool], "Attempt[Made]"]
@@ -104,13 +104,13 @@ class _Search(Generic[Made]):
             self.tell("undoing all further rewrites")
             self.most = self.right
             return [Undone(one, _failure(current.comparison)) for one in current.ledger.made[self.right :]]
-        return self._by_standing(current) or self._by_bisection(current)
+        return self._by_standing(current) or ([] if current.passed else self._by_bisection(current))
 
     def made_without(self, found: list[Undone]) -> Attempt[Made] | None:
         """The model without what was found, too; None if it cannot be made."""
         self.tell(f"fusing without {len(found)} of its rewrites")
         self.undone += found
-        after = self._made(Ledger(self.keys, self.most, self.judge), None)
+        after = self._made(Ledger(self.keys, self.most, judge=self.judge), None)
         if after is not None:
             without = _error(after.comparison)
             self.undone[-len(found) :] = [replace(one, error_without=without) for one in found]
@@ -118,14 +118,14 @@ class _Search(Generic[Made]):
 
     def _by_standing(self, current: Attempt[Made]) -> list[Undone]:
         """Those whose own tensors are wrong."""
-        ledger, comparison = current.ledger, current.comparison
-        if ledger.judge is None:  # it was not asked
-            self.tell("checking each rewrite where it stands")
-            ledger = Ledger(self.keys, judge=self.judge)
-            self._made(ledger, frozenset())
+        if current.ledger.judge is not None and not current.ledger.faults:
+            return []
+        self.tell("checking each rewrite where it stands")
+        ledger = Ledger(self.keys, judge=self.judge, one_by_one=True)
+        self._made(ledger, frozenset())
         faults = {key_of(fault.rewrite): fault for fault in reversed(ledger.faults) if fault.rewrite is not None}
         return [
-            _from_fault(fault.rewrite, fault, _error(comparison), _number(ledger.made, key))
+            _from_fault(fault.rewrite, fault, _error(current.comparison), _number(ledger.made, key))
             for key, fault in reversed(faults.items())
             if fault.rewrite is not None and key not in self.keys
         ]

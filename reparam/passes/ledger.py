@@ -40,6 +40,8 @@ class Ledger:
         undone: rewrites that are not made.
         most: how many are made; None for all.
         judge: tells whether two values are one; None if rewrites are not checked where they stand.
+        one_by_one: whether they are so after each rewrite, which tells which one is at fault, and costs more than once
+            when all are made.
         made: those that were made, with places as seen from the whole model.
         replaced: for each of them, by `id`, the names of the nodes that it replaced, and of those they stood for.
         faults: what checking them where they stand found.
@@ -51,6 +53,7 @@ class Ledger:
     undone: frozenset[Key] = frozenset()
     most: int | None = None
     judge: Judge | None = None
+    one_by_one: bool = False
     made: list[Rewrite] = field(default_factory=list)
     replaced: dict[int, tuple[str, ...]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
@@ -92,14 +95,14 @@ class Ledger:
 
     def settle(self) -> None:
         """Checks the last rewrite, which has been made by now."""
-        if self._watch is not None:
+        if self._watch is not None and self.one_by_one:
             self._watch.settle(self._last)
         self._last = None
 
     def next_pass(self) -> None:
         """Called between two passes."""
         self.settle()
-        if self._watch is not None:
+        if self._watch is not None and self.one_by_one:
             self._watch.forget()
 
     @contextmanager
@@ -112,7 +115,7 @@ class Ledger:
         watch.begin(graph, root, inputs)
         try:
             yield
-            self.settle()
+            watch.settle(self._last if self.one_by_one else None)
         finally:
             self._watch = None
             watch.end()

@@ -1,9 +1,9 @@
 """Each rewrite is checked where it stands: do the tensors that are left have the values that they had?
 
-The float64 value of every node is kept while the graph is rewritten. After each rewrite only what changed is computed
-anew: from its first new node on, up to where the values are again those from before. A rewrite that is right ends
-there, at the tensors that it left alone. One after which the model's result is another one is at fault; what it made of
-the result is what later rewrites are held against, so that each is judged by itself.
+The float64 value of every node is kept while the graph is rewritten. Then only what changed is computed anew: from the
+first new nodes on, up to where the values are again those from before. What is right ends there, at the tensors that
+were left alone. If the model's result is another one, something is at fault. Asked after each rewrite, that tells
+which: what a wrong one made of the result is what later ones are held against, so that each is judged by itself.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ Judge = Callable[[Any, Any, Callable[[], "torch.Tensor | None"]], "Difference | 
 
 @dataclass(frozen=True)
 class Fault:
-    """A rewrite after which the model returns something else.
+    """Something after which the model returns something else.
 
     Attributes:
-        rewrite: the rewrite; None for what a pass does on its own account.
+        rewrite: the rewrite; None where it is not known which one it is.
         tensor: what its first wrong tensor stands for; without a difference, what happens instead.
         difference: how that differs; None if the graph cannot be computed any more, or builds its result otherwise.
     """
@@ -120,8 +120,8 @@ class Watch:
         if self.off:
             return
         found = self._guarded(lambda: self._settle(rewrite))
-        if found is not None and rewrite is not None:
-            # It could be computed before the rewrite.
+        if found is not None:
+            # It could be computed before.
             self.faults.append(Fault(rewrite, found, None))
         if self.faults and self.work > MOST_PASSES * self.whole:
             self.off = f"{len(self.faults)} rewrites were found at fault, and there may be more"
