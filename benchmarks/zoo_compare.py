@@ -165,6 +165,7 @@ def measure(row: Row, due: Sequence[Key], args: argparse.Namespace, deadline: fl
         made = convert(model, x, device, args.machine)
         x = x.to(device)
     except Exception as error:
+        _require_gpu(error)
         yield replace(row, failed=first_line(error))
         return
     facts = {"before": made.before, "after": made.after, "errors": made.errors, "missing": made.missing}
@@ -175,9 +176,21 @@ def measure(row: Row, due: Sequence[Key], args: argparse.Namespace, deadline: fl
         try:
             cell = (in_onnxruntime if key[0] == "onnxruntime" else in_torch)(made, x, key, args)
         except Exception as error:
+            _require_gpu(error)
             cell = Cell(*key, failed=first_line(error))
         row = row.with_cell(cell)
         yield row
+
+
+def _require_gpu(error: BaseException) -> None:
+    """A process that made its GPU fail gets nothing from it any more: what it reports is not about the models.
+
+    Raises:
+        KeyboardInterrupt: it is such a failure.
+    """
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+        print(f"the GPU failed: {first_line(error)}", flush=True)
+        raise KeyboardInterrupt from error
 
 
 def _require_time(deadline: float) -> None:

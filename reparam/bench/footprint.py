@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from reparam.quiet import quiet
+
 Call = Callable[[], Any]
 
 
@@ -69,7 +71,7 @@ def _peak_on_cpu(call: Call) -> int | None:
     from torch.profiler import ProfilerActivity, profile
 
     try:
-        with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with quiet(), _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             kept = call()
         del kept
         results = profiler.profiler.kineto_results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ class GraphedCall:
 
     def __init__(self, call: Callable[..., Any], inputs: Inputs, device: torch.device) -> None:
         self._device = device
+        self._call = call  # the graph holds addresses and not tensors: weights that nobody else keeps would go
         self._static = inputs.clone()
         self._targets = list(self._static.tensors())
         originals = [tensor.clone() for tensor in self._targets]
@@ -44,8 +46,12 @@ class GraphedCall:
             torch.cuda.current_stream().wait_stream(side)
             self._fill(originals)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._outputs = call(*self._static.args, **self._static.kwargs)
+            try:
+                with torch.cuda.graph(self._graph):
+                    self._outputs = call(*self._static.args, **self._static.kwargs)
+            except Exception:
+                _leave_recording(device)
+                raise
 
     def _fill(self, tensors: list[torch.Tensor]) -> None:
         for target, tensor in zip(self._targets, tensors, strict=True):
@@ -58,3 +64,11 @@ class GraphedCall:
             self._fill([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
             self._graph.replay()
         return self._outputs
+
+
+def _leave_recording(device: torch.device) -> None:
+    """A recording that failed leaves torch's generator in recording mode, until another one ends well."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from typing import Any
 
@@ -133,8 +134,21 @@ def test_what_cannot_be_recorded_is_one_sentence() -> None:
 
     with pytest.raises(reparam.InputError, match="variant 'waits' fails"):
         benchmark({"waits": Waits()}, images(), device="cuda", cuda_graphs=True, max_seconds=0.1)
-    # The device still works afterwards.
+    # The device still works afterwards, its random numbers included.
     assert torch.ones(2, device="cuda").sum().item() == 2
+    assert torch.randn(2, device="cuda").isfinite().all()
+
+
+def test_a_graphed_call_keeps_the_weights_it_reads() -> None:
+    x = images()
+    with torch.inference_mode():
+        expected = network().half().cuda()(x.half())
+        call = GraphedCall(network().half().cuda(), Inputs.of(x.half()), x.device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        others = [torch.full((1 << 16,), float("nan"), device="cuda") for _ in range(64)]
+        torch.testing.assert_close(call(x.half()), expected, rtol=1e-2, atol=1e-2)
+    assert len(others) == 64
 
 
 def test_the_clock_waits_for_the_work() -> None:
