@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from reparam.certificate import Moved, Repeated, read_certificate, repeat
 from reparam.data import LIMIT, read
 from reparam.equivalence import Comparison, verify
 from reparam.export import OnnxSession
@@ -61,3 +62,15 @@ def verify_files(
         data=batches,
     )
     return replace(comparison, notes=(*notes, *comparison.notes))
+
+
+def repeat_certificate(
+    path: str,
+    source: Source,
+    moved: Moved,
+    *,
+    data: str | None = None,
+    progress: Progress | None = None,
+) -> Repeated:
+    """Does again what a certificate says was done; arguments and errors as of `reparam.certificate.repeat`."""
+    return repeat(read_certificate(path), source, moved, data=data, progress=progress)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +13,8 @@ import torch
 from torch import nn
 
 from reparam.bench import Timing, benchmark
+from reparam.capture.archives import load_archive
+from reparam.certificate import WEIGHTS_KEY, Evidence, weights_digest, write_certificate
 from reparam.data import LIMIT, Batch, read
 from reparam.equivalence import Comparison, verify
 from reparam.errors import ExportError, InputError, NotEquivalentError
@@ -22,12 +22,13 @@ from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
 from reparam.inputs import Inputs
 from reparam.latency import change_of, with_reasons
 from reparam.pipeline import FuseResult, fuse
+from reparam.places import publish, staging
 from reparam.report import Report, write_report
 from reparam.report.files import require_writable
 from reparam.source import Source
 from reparam.stages import Progress, Stages
 
-_ENDINGS = {"onnx": ".onnx", "archive": ".pt2"}
+_ENDINGS = {"onnx": ".onnx", "archive": ".pt2", "certificate": ".json"}
 _SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".pkl", ".model"),
     *(".pt2", ".ts", ".jit", ".torchscript"),
@@ -39,8 +40,8 @@ class Request(Source):
     """What `run` is asked to do.
 
     Attributes:
-        out: where to write: a folder (which exists, or whose path ends in a separator), or a path to which `.onnx` and
-            `.pt2` are added; None is beside the model, as `NAME.fused.onnx` and `NAME.fused.pt2`.
+        out: where to write: a folder (which exists, or whose path ends in a separator), or a path to which `.onnx`,
+            `.pt2` and `.json` are added; None is beside the model, as `NAME.fused.onnx` and so on.
         capture: how the graph is captured; as for `reparam.fuse`.
         objective, machine: what to have least of, and on which machine; as for `reparam.fuse`.
         explain: whether to report what was compared for each region.
@@ -51,6 +52,7 @@ class Request(Source):
         strict: whether a rewrite that is found at fault is an error, and not undone.
         fixed_sizes: whether the fused model may run at the example's sizes only, the batch apart.
         onnx, archive: which files to write.
+        certificate: whether to write one (`reparam.certificate`), of what is written and verified.
         bench: whether to measure latency; `bench_seconds` long.
         report: where to write the report, as HTML, Markdown or JSON by its ending; None for nowhere.
     """
@@ -68,6 +70,7 @@ class Request(Source):
     strict: bool = False
     onnx: bool = True
     archive: bool = True
+    certificate: bool = True
     bench: bool = True
     bench_seconds: float = 5.0
     report: str | None = None
@@ -139,22 +142,30 @@ def _run(request: Request, progress: Progress | None) -> Report:
         environment={**result.report.environment, "inputs": ", ".join(map(str, specs)), "seed": str(request.seed)},
         notes=(*prepared, *result.report.notes),
     )
-    with _staging(targets) as folder:
-        staged: dict[str, Path] = {}
+    compared: dict[str, tuple[Comparison, bool]] = {}
+    marks = {WEIGHTS_KEY: weights_digest(result.module.state_dict())} if targets else {}
+    with staging(targets) as folder:
         session: OnnxSession | None = None
         notes: list[str] = []
         if "archive" in targets:
+            path = folder / targets["archive"].name
             with stages("writing the torch.export archive"), _explained(report):
-                staged["archive"] = export_archive(result.module, inputs, folder / targets["archive"].name)
+                export_archive(result.module, inputs, path, metadata=marks)
+            if request.verify != "off":
+                with stages("verifying the archive"):
+                    comparison = _verify_archive(result.reference, path, inputs, request, batches)
+                compared["archive"] = (comparison, True)
+                report = replace(report, archive_comparison=comparison)
         if "onnx" in targets:
             with stages("writing the ONNX file"), _explained(report):
-                file = export_onnx(result.module, inputs, folder / targets["onnx"].name)
+                file = export_onnx(result.module, inputs, folder / targets["onnx"].name, metadata=marks)
                 session = OnnxSession(file.path, threads=torch.get_num_threads())
                 notes += [f"ONNX: {note}" for note in file.notes]
             if request.verify != "off":
                 with stages("verifying the ONNX file"):
                     asked = (request.seed, request.verify, batches)
                     comparison = _verify_onnx(result.reference, session, file, inputs, *asked)
+                compared["onnx"] = (comparison, _is_open(file, inputs))
                 report = replace(report, onnx_comparison=comparison)
         report = replace(report, notes=(*report.notes, *notes), seconds={**stages.seconds, **report.seconds})
         _require_equivalent(report)
@@ -165,7 +176,15 @@ def _run(request: Request, progress: Progress | None) -> Report:
                 report = replace(report, timing=timing, interrupted="measuring latency" if timing.partial else "")
             except KeyboardInterrupt:  # before the first round; what is verified by now is worth keeping
                 report = replace(report, interrupted="measuring latency")
-        files = _publish(folder, targets, Path(request.path))
+        if "certificate" in targets:
+            with stages("writing the certificate"):
+                paths = {kind: folder / target.name for kind, target in targets.items() if kind in compared}
+                evidence = Evidence(
+                    *(report, model, result.module, Path(request.path).expanduser(), _options(request), inputs),
+                    *(tuple(map(str, specs)), batches, paths, compared),
+                )
+                write_certificate(folder / targets["certificate"].name, evidence)
+        files = publish(folder, targets, Path(request.path))
     return replace(report, files=files, seconds={**report.seconds, **stages.seconds})
 
 
@@ -193,24 +212,63 @@ def _verify_onnx(
     data: tuple[Batch, ...] = (),
 ) -> Comparison:
     """The file in its runtime against the original model; with other sizes where the file leaves them open."""
-    tensors = dict(zip(file.inputs, inputs.tensors(), strict=False))
-    is_open = all(
-        axis in file.dynamic_axes.get(name, {})
-        for name, tensor in tensors.items()
-        for axis in range(tensor.ndim)
-        if axis != 1
-    )
     return verify(
         *(model, session, inputs),
         level=level,
         seed=seed,
-        vary_shapes=is_open,
+        vary_shapes=_is_open(file, inputs),
         check_structure=False,
         data=data,
     )
 
 
+def _is_open(file: OnnxFile, inputs: Inputs) -> bool:
+    """Whether the file takes other sizes than the example's on every axis but the channels."""
+    tensors = dict(zip(file.inputs, inputs.tensors(), strict=False))
+    return all(
+        axis in file.dynamic_axes.get(name, {})
+        for name, tensor in tensors.items()
+        for axis in range(tensor.ndim)
+        if axis != 1
+    )
+
+
+def _verify_archive(
+    model: nn.Module, path: Path, inputs: Inputs, request: Request, data: tuple[Batch, ...]
+) -> Comparison:
+    """The archive, read back, against the original model, by its answers: its weights are hashed."""
+    module = load_archive(path, trusted=True)
+    return verify(
+        model,
+        lambda *args, **kwargs: module(*args, **kwargs),
+        inputs,
+        level=request.verify,
+        seed=request.seed,
+        check_structure=False,
+        data=data,
+    )
+
+
+def _options(request: Request) -> dict[str, Any]:
+    """What decides the result, in plain JSON types."""
+    left_out = {"path", "out", "onnx", "archive", "certificate", "bench", "bench_seconds", "report"}
+    plain = {name: value for name, value in vars(request).items() if name not in left_out}
+    plain["arch_args"] = {name: repr(value) for name, value in request.arch_args.items()}
+    plain["inference_form"] = {
+        str(name): form if isinstance(form, (int, float)) else str(form)
+        for name, form in request.inference_form.items()
+    }
+    return plain
+
+
 def _require_equivalent(report: Report) -> None:
+    comparison = report.archive_comparison
+    if comparison is not None and not comparison.passed:
+        raise NotEquivalentError(
+            f"the torch.export archive does not agree with the original model: {comparison.summary().rstrip('.')}; "
+            "no file was written, pass --no-archive to write the ONNX file alone",
+            report,
+        )
     comparison = report.onnx_comparison
     if comparison is not None and not comparison.passed:
         raise NotEquivalentError(
@@ -259,44 +317,14 @@ def output_paths(request: Request) -> dict[str, Path]:
         else:
             prefix = out.with_suffix("") if out.suffix in _ENDINGS.values() else out
     wanted = {"onnx": request.onnx, "archive": request.archive}
+    wanted["certificate"] = request.certificate and request.verify != "off" and any(wanted.values())
     targets = {kind: prefix.with_name(prefix.name + _ENDINGS[kind]) for kind, asked in wanted.items() if asked}
+    report = None if request.report is None else Path(request.report).expanduser().absolute()
     for target in targets.values():
+        if target.absolute() == report:
+            raise InputError(f"--report {request.report} is where the {target.name} of this run goes; choose another")
         if target.is_dir():
             raise InputError(f"{target} is a folder; choose another place with --out")
         if target.exists() and source.exists() and target.samefile(source):
             raise InputError(f"{target} is the model file itself, which is never overwritten; choose another --out")
     return targets
-
-
-@contextmanager
-def _staging(targets: Mapping[str, Path]) -> Iterator[Path]:
-    """A folder on the targets' file system, which is gone afterwards with whatever is left in it."""
-    parent = next(iter(targets.values())).absolute().parent if targets else Path(tempfile.gettempdir())
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".reparam-", dir=parent))
-    except OSError as error:
-        raise InputError(f"{parent} cannot be written to ({error.strerror}); choose another place with --out") from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, targets: Mapping[str, Path], source: Path) -> dict[str, str]:
-    """Moves everything staged into its place; an ONNX file's external data goes first, so that it is never without."""
-    files: dict[str, str] = {}
-    try:
-        for target in targets.values():
-            target.parent.mkdir(parents=True, exist_ok=True)
-        for staged in sorted(folder.iterdir(), key=lambda path: path.suffix != ".data"):
-            target = next(iter(targets.values())).with_name(staged.name)
-            if target.exists() and target.samefile(source):
-                raise InputError(f"{target} is the model file itself, which is never overwritten; choose another --out")
-            os.replace(staged, target)
-    except OSError as error:
-        raise InputError(f"the files cannot be written ({error}); choose another place with --out") from None
-    for kind, target in targets.items():
-        files[kind] = str(target)
-    return files

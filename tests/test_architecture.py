@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "inputs": (),
     "lazy": (),
+    "places": (),
     "quiet": (),
     "stages": (),
     "widen": (),
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "equivalence": ("reparam.data",),
     "export": (),
     "bench": (),
-    "report": RESULT_VALUES,
+    "report": (*RESULT_VALUES, "reparam.certificate"),
     "pipeline": tuple(
         f"reparam.{room}"
         for room in ("algebra", "graph", "passes", "capture", "data", "equivalence", "export", "bench", "report")
@@ -73,9 +74,12 @@ MAY_IMPORT["bench_files"] = (
     *("reparam", "reparam.bench", "reparam.export", "reparam.latency", "reparam.opened", "reparam.pipeline"),
     *("reparam.runtimes", "reparam.source"),
 )
-MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam", "reparam.source")
+MAY_IMPORT["certificate"] = tuple(
+    f"reparam.{room}" for room in ("bench", "capture", "data", "equivalence", "export", "report", "source")
+)
+MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam", "reparam.certificate", "reparam.places", "reparam.source")
 MAY_IMPORT["opened"] = ("reparam.capture", "reparam.equivalence", "reparam.export", "reparam.source")
-MAY_IMPORT["compare"] = (*MAY_IMPORT["opened"], "reparam.data", "reparam.opened")
+MAY_IMPORT["compare"] = (*MAY_IMPORT["opened"], "reparam.certificate", "reparam.data", "reparam.opened")
 MAY_IMPORT["cli"] = (
     *MAY_IMPORT["workflow"],
     *map("reparam.{}".format, ("bench_files", "compare", "source", "workflow")),

@@ -74,6 +74,18 @@ def example_of(model: object) -> Inputs | None:
     return found if isinstance(found, Inputs) else None
 
 
+def archive_metadata(path: Path) -> dict[str, str]:
+    """The text that `export_archive` was given to keep in the archive; empty without.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    reader, names = opened(path)
+    name = next((name for name in names if name.endswith("extra/reparam.json")), None)
+    found = {} if name is None else _json(reader, name, path).get("metadata")
+    return {key: str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
 def as_plain(module: fx.GraphModule) -> fx.GraphModule:
     """An exported program's module without what torch.export adds to it, so that it is used like any other."""
     plain = fx.GraphModule(module, module.graph, "ExportedProgram")

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--explain", is_flag=True, help="Show for each region what was compared, and why one form won.")
 @click.option("--no-onnx", is_flag=True, help="Write no ONNX file.")
 @click.option("--no-archive", is_flag=True, help="Write no torch.export archive.")
+@click.option("--no-certificate", is_flag=True, help="Write no certificate of what was done and found.")
 @click.option("--no-bench", is_flag=True, help="Measure no latency.")
 @click.option(
     "--bench-seconds", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Time for measuring."
@@ -55,11 +56,12 @@ if TYPE_CHECKING:
 @click.option("--report", metavar="PATH", help="Write the report too, as .html, .md or .json by the ending of PATH.")
 @output_options
 def fuse_command(form: str, verbose: bool, debug: bool, **flags: Any) -> None:
-    """Fuses MODEL and writes MODEL.fused.onnx and MODEL.fused.pt2.
+    """Fuses MODEL and writes MODEL.fused.onnx, MODEL.fused.pt2 and the certificate MODEL.fused.json.
 
     MODEL is a file of torch.save (a model, a state dict, a checkpoint), safetensors, or an archive of torch.export or
-    TorchScript. The fused model is compared with the original, and so is the ONNX file in onnxruntime; nothing is
-    written unless both agree.
+    TorchScript. The fused model is compared with the original, and so are both files, the ONNX file in onnxruntime;
+    nothing is written unless all agree. The certificate holds hashes, versions, inputs, changes and figures:
+    `reparam verify --certificate` does it all again.
 
     Exit status: 0 good, 1 not equivalent (no model is written), 2 bad input or usage, 70 a fault in reparam, 130
     interrupted (while latency was measured: everything but the rest of the measurement is there).
@@ -79,6 +81,6 @@ def _fuse(flags: dict[str, Any], progress: Progress) -> Report:
 
     flags["arch_args"] = parse_arch_args(flags["arch_args"])
     flags["inference_form"] = parse_inference_forms(flags["inference_form"])
-    for name in ("onnx", "archive", "bench"):
+    for name in ("onnx", "archive", "certificate", "bench"):
         flags[name] = not flags.pop(f"no_{name}")
     return run(Request(path=flags.pop("model"), **flags), progress)

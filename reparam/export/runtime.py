@@ -77,6 +77,11 @@ class OnnxSession:
         return tuple(self._names)
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """Text that the file keeps beside the model."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
+
+    @property
     def takes_names(self) -> bool:
         """Whether a call may give the tensors by the names of the inputs."""
         return self._arguments == self._names

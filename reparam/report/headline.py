@@ -57,7 +57,11 @@ def _changed(report: Report) -> str:
 def _equal(report: Report) -> str:
     made = [
         f"{subject}: {comparison.summary()}"
-        for subject, comparison in (("Fused model", report.comparison), ("ONNX file", report.onnx_comparison))
+        for subject, comparison in (
+            ("Fused model", report.comparison),
+            ("Archive", report.archive_comparison),
+            ("ONNX file", report.onnx_comparison),
+        )
         if comparison is not None
     ]
     return " ".join(made) or "Nothing was compared with the original: verification was off."

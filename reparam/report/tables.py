@@ -40,8 +40,12 @@ CASE_COLUMNS = (
 
 def comparisons(report: Report) -> list[tuple[str, Comparison]]:
     """What was compared with the original, under its name."""
-    both = (("fused model", report.comparison), ("ONNX file", report.onnx_comparison))
-    return [(subject, comparison) for subject, comparison in both if comparison is not None]
+    every = (
+        ("fused model", report.comparison),
+        ("archive", report.archive_comparison),
+        ("ONNX file", report.onnx_comparison),
+    )
+    return [(subject, comparison) for subject, comparison in every if comparison is not None]
 
 
 def timings(report: Report) -> list[tuple[str, Timing]]:

@@ -188,7 +188,11 @@ def render_timing(timing: Timing, console: Console) -> None:
 
 def _equivalence(report: Report, verbose: bool = False) -> list[RenderableType]:
     lines: list[RenderableType] = []
-    for subject, comparison in (("fused model", report.comparison), ("ONNX file", report.onnx_comparison)):
+    for subject, comparison in (
+        ("fused model", report.comparison),
+        ("archive", report.archive_comparison),
+        ("ONNX file", report.onnx_comparison),
+    ):
         if comparison is not None:
             lines += _comparison(subject, comparison, verbose)
     return lines

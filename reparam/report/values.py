@@ -58,10 +58,11 @@ class Report:
         undone: rewrites that verification found at fault, and that were undone; they are not among `rewrites`.
         choices: what was compared for each region, and why one form won; None if not asked.
         comparison: fused against original; None if not asked.
+        archive_comparison: the `torch.export` archive against the original; None if none was written.
         onnx_comparison: the ONNX file in its runtime against the original; None if none was written.
         timing: latency of original and fused in eager PyTorch; None if not measured.
         onnx_timing: latency of the exported original and the exported fused model; None if not measured.
-        files: kind (`onnx`, `archive`) -> path of each file written.
+        files: kind (`onnx`, `archive`, `certificate`) -> path of each file written.
         environment: versions, hardware and settings, by name.
         seconds: stage -> wall-clock time it took, in seconds.
         notes: further sentences for the user.
@@ -78,6 +79,7 @@ class Report:
     undone: tuple[Undone, ...] = ()
     choices: tuple[Choice, ...] | None = None
     comparison: Comparison | None = None
+    archive_comparison: Comparison | None = None
     onnx_comparison: Comparison | None = None
     timing: Timing | None = None
     onnx_timing: Timing | None = None
@@ -100,7 +102,8 @@ class Report:
     @property
     def equivalent(self) -> bool | None:
         """Whether every comparison that was made passed; None if none was made."""
-        made = [comparison for comparison in (self.comparison, self.onnx_comparison) if comparison is not None]
+        every = (self.comparison, self.archive_comparison, self.onnx_comparison)
+        made = [comparison for comparison in every if comparison is not None]
         return all(comparison.passed for comparison in made) if made else None
 
     def to_html(self) -> str:
@@ -130,6 +133,7 @@ class Report:
                 "undone": [undone.to_dict() for undone in self.undone],
                 "choices": None if self.choices is None else [choice.to_dict() for choice in self.choices],
                 "comparison": self.comparison and self.comparison.to_dict(),
+                "archive_comparison": self.archive_comparison and self.archive_comparison.to_dict(),
                 "onnx_comparison": self.onnx_comparison and self.onnx_comparison.to_dict(),
                 "timing": self.timing and self.timing.to_dict(),
                 "onnx_timing": self.onnx_timing and self.onnx_timing.to_dict(),

@@ -291,7 +291,7 @@ def test_archives_are_fused_to_files(files: dict[str, Path], name: str, tmp_path
     result = invoke("fuse", files[name], *options, "--out", f"{tmp_path}/", "--no-bench")
     assert result.exit_code == 0, result.output
     written = tmp_path / "model.fused.pt2"
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "model.fused.onnx", written]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "model.fused.json", tmp_path / "model.fused.onnx", written]
     assert invoke("verify", files["model.pt"], written, *INPUT).exit_code == 0
 
 

@@ -78,7 +78,8 @@ def test_files_are_written_and_compute_the_same(model_file: Path) -> None:
     assert "equivalent on" in result.stdout
     assert "NOT" not in result.stdout
     folder = model_file.parent
-    assert sorted(path.name for path in folder.iterdir()) == ["net.fused.onnx", "net.fused.pt2", "net.pt"]
+    written = ["net.fused.json", "net.fused.onnx", "net.fused.pt2"]
+    assert sorted(path.name for path in folder.iterdir()) == [*written, "net.pt"]
     assert model_file.read_bytes() == before
     x = torch.randn(3, 3, 11, 9)
     with torch.no_grad():
@@ -97,7 +98,10 @@ def test_json_is_one_document(model_file: Path) -> None:
     assert plain["equivalent"] is True
     assert (plain["before"]["batch_norms"], plain["after"]["batch_norms"]) == (1, 0)
     assert plain["after"]["dropouts"] == 0
-    assert plain["files"] == {"archive": str(model_file.parent / "net.fused.pt2")}
+    assert plain["files"] == {
+        "archive": str(model_file.parent / "net.fused.pt2"),
+        "certificate": str(model_file.parent / "net.fused.json"),
+    }
     assert set(plain["timing"]["samples"]) == {"original", "fused"}
     assert plain["environment"]["inputs"] == "1x3x8x8"
     assert "reparam: verifying" in result.stderr
@@ -140,7 +144,11 @@ def test_out_is_a_folder_or_a_prefix(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
-    assert sorted(str(path) for path in output_paths(Request("net.pt", out=out)).values()) == expected
+    found = {kind: str(path) for kind, path in output_paths(Request("net.pt", out=out)).items()}
+    assert [found["onnx"], found["archive"]] == expected
+    assert found["certificate"] == expected[0].replace(".onnx", ".json")
+    with pytest.raises(InputError, match="is where the .* of this run goes"):
+        output_paths(Request("net.pt", out=out, report=found["certificate"]))
 
 
 def test_the_input_is_never_overwritten(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_what_is_verified_survives_an_interrupt(model_file: Path, monkeypatch: p
     assert result.exit_code == 130
     plain = json.loads(result.stdout)
     assert (plain["partial"], plain["interrupted"], plain["timing"]) == (True, "measuring latency", None)
-    assert set(plain["files"]) == {"archive", "report"}
+    assert set(plain["files"]) == {"archive", "certificate", "report"}
     assert all(Path(path).exists() for path in plain["files"].values())
     assert "no round was complete" in target.read_text()
 
@@ -161,7 +161,7 @@ def test_an_interrupt_behind_the_models_is_told_apart(model_file: Path, monkeypa
     result = invoke("fuse", model_file, *QUICK, "--report", model_file.parent / "out.html")
     assert result.exit_code == 130
     assert "interrupted; the models were written, the report was not" in result.stderr
-    assert sorted(path.name for path in model_file.parent.iterdir()) == ["net.fused.pt2", "net.pt"]
+    assert sorted(path.name for path in model_file.parent.iterdir()) == ["net.fused.json", "net.fused.pt2", "net.pt"]
 
 
 COMMANDS = {
