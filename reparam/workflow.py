@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from reparam.bench import Timing, benchmark
-from reparam.capture.archives import load_archive
 from reparam.certificate import WEIGHTS_KEY, Evidence, weights_digest, write_certificate
 from reparam.data import LIMIT, Batch, read
-from reparam.equivalence import Comparison, verify
+from reparam.equivalence import Comparison
 from reparam.errors import ExportError, InputError, NotEquivalentError
-from reparam.export import OnnxFile, OnnxSession, export_archive, export_onnx
+from reparam.export import OnnxSession, export_archive, export_onnx
 from reparam.inputs import Inputs
 from reparam.latency import change_of, with_reasons
 from reparam.pipeline import FuseResult, fuse
@@ -27,6 +26,7 @@ from reparam.report import Report, write_report
 from reparam.report.files import require_writable
 from reparam.source import Source
 from reparam.stages import Progress, Stages
+from reparam.written import is_open, verify_archive, verify_onnx
 
 _ENDINGS = {"onnx": ".onnx", "archive": ".pt2", "certificate": ".json"}
 _SUFFIXES = (
@@ -146,6 +146,7 @@ def _run(request: Request, progress: Progress | None) -> Report:
     marks = {WEIGHTS_KEY: weights_digest(result.module.state_dict())} if targets else {}
     with staging(targets) as folder:
         session: OnnxSession | None = None
+        asked = (request.seed, request.verify, batches)
         notes: list[str] = []
         if "archive" in targets:
             path = folder / targets["archive"].name
@@ -153,7 +154,7 @@ def _run(request: Request, progress: Progress | None) -> Report:
                 export_archive(result.module, inputs, path, metadata=marks)
             if request.verify != "off":
                 with stages("verifying the archive"):
-                    comparison = _verify_archive(result.reference, path, inputs, request, batches)
+                    comparison = verify_archive(result.reference, path, inputs, *asked)
                 compared["archive"] = (comparison, True)
                 report = replace(report, archive_comparison=comparison)
         if "onnx" in targets:
@@ -163,9 +164,8 @@ def _run(request: Request, progress: Progress | None) -> Report:
                 notes += [f"ONNX: {note}" for note in file.notes]
             if request.verify != "off":
                 with stages("verifying the ONNX file"):
-                    asked = (request.seed, request.verify, batches)
-                    comparison = _verify_onnx(result.reference, session, file, inputs, *asked)
-                compared["onnx"] = (comparison, _is_open(file, inputs))
+                    comparison = verify_onnx(result.reference, session, file, inputs, *asked)
+                compared["onnx"] = (comparison, is_open(file, inputs))
                 report = replace(report, onnx_comparison=comparison)
         report = replace(report, notes=(*report.notes, *notes), seconds={**stages.seconds, **report.seconds})
         _require_equivalent(report)
@@ -178,12 +178,10 @@ def _run(request: Request, progress: Progress | None) -> Report:
                 report = replace(report, interrupted="measuring latency")
         if "certificate" in targets:
             with stages("writing the certificate"):
-                paths = {kind: folder / target.name for kind, target in targets.items() if kind in compared}
-                evidence = Evidence(
-                    *(report, model, result.module, Path(request.path).expanduser(), _options(request), inputs),
-                    *(tuple(map(str, specs)), batches, paths, compared),
-                )
-                write_certificate(folder / targets["certificate"].name, evidence)
+                sizes = tuple(map(str, specs))
+                evidence = _evidence(request, report, (model, result.module), (inputs, sizes, batches), compared)
+                paths = {kind: folder / targets[kind].name for kind in compared}
+                write_certificate(folder / targets["certificate"].name, evidence, paths)
         files = publish(folder, targets, Path(request.path))
     return replace(report, files=files, seconds={**report.seconds, **stages.seconds})
 
@@ -202,51 +200,16 @@ def _explained(report: Report) -> Iterator[None]:
         ) from error
 
 
-def _verify_onnx(
-    model: nn.Module,
-    session: OnnxSession,
-    file: OnnxFile,
-    inputs: Inputs,
-    seed: int,
-    level: str = "standard",
-    data: tuple[Batch, ...] = (),
-) -> Comparison:
-    """The file in its runtime against the original model; with other sizes where the file leaves them open."""
-    return verify(
-        *(model, session, inputs),
-        level=level,
-        seed=seed,
-        vary_shapes=_is_open(file, inputs),
-        check_structure=False,
-        data=data,
-    )
-
-
-def _is_open(file: OnnxFile, inputs: Inputs) -> bool:
-    """Whether the file takes other sizes than the example's on every axis but the channels."""
-    tensors = dict(zip(file.inputs, inputs.tensors(), strict=False))
-    return all(
-        axis in file.dynamic_axes.get(name, {})
-        for name, tensor in tensors.items()
-        for axis in range(tensor.ndim)
-        if axis != 1
-    )
-
-
-def _verify_archive(
-    model: nn.Module, path: Path, inputs: Inputs, request: Request, data: tuple[Batch, ...]
-) -> Comparison:
-    """The archive, read back, against the original model, by its answers: its weights are hashed."""
-    module = load_archive(path, trusted=True)
-    return verify(
-        model,
-        lambda *args, **kwargs: module(*args, **kwargs),
-        inputs,
-        level=request.verify,
-        seed=request.seed,
-        check_structure=False,
-        data=data,
-    )
+def _evidence(
+    request: Request,
+    report: Report,
+    models: tuple[nn.Module, nn.Module],
+    given: tuple[Inputs, tuple[str, ...], tuple[Batch, ...]],
+    compared: Mapping[str, tuple[Comparison, bool]],
+) -> Evidence:
+    inputs, sizes, data = given
+    file = Path(request.path).expanduser()
+    return Evidence(report, *models, file, _options(request), inputs, sizes, data, compared)
 
 
 def _options(request: Request) -> dict[str, Any]:

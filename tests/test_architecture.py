@@ -77,7 +77,10 @@ MAY_IMPORT["bench_files"] = (
 MAY_IMPORT["certificate"] = tuple(
     f"reparam.{room}" for room in ("bench", "capture", "data", "equivalence", "export", "report", "source")
 )
-MAY_IMPORT["workflow"] = (*MAY_IMPORT["__init__"], "reparam", "reparam.certificate", "reparam.places", "reparam.source")
+MAY_IMPORT["written"] = ("reparam.capture", "reparam.data", "reparam.equivalence", "reparam.export")
+MAY_IMPORT["workflow"] = (
+    *(*MAY_IMPORT["__init__"], "reparam", "reparam.certificate", "reparam.places", "reparam.source", "reparam.written"),
+)
 MAY_IMPORT["opened"] = ("reparam.capture", "reparam.equivalence", "reparam.export", "reparam.source")
 MAY_IMPORT["compare"] = (*MAY_IMPORT["opened"], "reparam.certificate", "reparam.data", "reparam.opened")
 MAY_IMPORT["cli"] = (

@@ -244,7 +244,7 @@ def as_onnx(model: nn.Module, fused: nn.Module, x: torch.Tensor, facts: dict[str
 
     from reparam.export import OnnxSession, export_onnx
     from reparam.inputs import Inputs
-    from reparam.workflow import _verify_onnx  # the command line's own check: a copy here could be a laxer one
+    from reparam.written import verify_onnx  # the command line's own check: a copy here could be a laxer one
 
     inputs = Inputs.of(x)
     with tempfile.TemporaryDirectory() as folder:
@@ -253,7 +253,7 @@ def as_onnx(model: nn.Module, fused: nn.Module, x: torch.Tensor, facts: dict[str
         operators = {node.op_type for node in onnx.load(str(file.path), load_external_data=False).graph.node}
         idle = [f"ONNX: {name}" for name in sorted(operators) if re.search(IDLE, name, re.IGNORECASE)]
         facts["leftovers"] = [*facts.get("leftovers", ()), *idle]
-        comparison = _verify_onnx(model, OnnxSession(file.path, threads=1), file, inputs, 0)
+        comparison = verify_onnx(model, OnnxSession(file.path, threads=1), file, inputs, 0)
     facts.update(_compared("onnx", comparison))
     if not comparison.passed:
         raise ValueError(comparison.summary())

@@ -35,8 +35,8 @@ class Evidence:
         options: by name, in plain JSON types.
         inputs: the example; `specs` its sizes.
         data: the user's own inputs.
-        files: kind (`archive`, `onnx`) to the file that was written; it may still lie elsewhere than it will.
-        compared: kind to how that file compares, and whether its inputs had other sizes than the example's.
+        compared: kind of file (`archive`, `onnx`) to how it compares, and whether its inputs had other sizes than the
+            example's.
     """
 
     report: Report
@@ -47,7 +47,6 @@ class Evidence:
     inputs: Inputs
     specs: Sequence[str]
     data: tuple[Batch, ...]
-    files: Mapping[str, Path]
     compared: Mapping[str, tuple[Comparison, bool]]
 
 
@@ -74,12 +73,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def write_certificate(path: Path, evidence: Evidence) -> None:
-    """Writes the certificate of a run as JSON."""
-    path.write_text(json.dumps(_certificate(evidence), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+def write_certificate(path: Path, evidence: Evidence, files: Mapping[str, Path]) -> None:
+    """Writes the certificate of a run as JSON.
+
+    Args:
+        files: kind to the file that was written; it may still lie elsewhere than it will, under the same name.
+    """
+    path.write_text(json.dumps(_certificate(evidence, files), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _certificate(evidence: Evidence) -> dict[str, Any]:
+def _certificate(evidence: Evidence, files: Mapping[str, Path]) -> dict[str, Any]:
     report = evidence.report
     plain = report.to_dict()
     return {
@@ -97,7 +100,7 @@ def _certificate(evidence: Evidence) -> dict[str, Any]:
             "before": plain["before"],
             "after": plain["after"],
         },
-        "files": {kind: _file(file) for kind, file in evidence.files.items()},
+        "files": {kind: _file(file) for kind, file in files.items()},
         "versions": versions(),
         "environment": environment(device_of(evidence.original)),
         "options": dict(evidence.options),
