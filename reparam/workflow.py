@@ -266,8 +266,24 @@ def output_paths(request: Request) -> dict[str, Path]:
     """Kind of file -> where it will be written.
 
     Raises:
-        InputError: a target is the model file itself, or a folder.
+        InputError: a target is the model file itself, or a folder, or no path at all.
     """
+    try:
+        return _output_paths(request)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(
+            f"no file can be written beside {_short(request)} ({reason}); give a place with --out"
+        ) from None
+
+
+def _short(request: Request) -> str:
+    return request.path if len(request.path) <= 200 else f"{request.path[:200]}..."
+
+
+def _output_paths(request: Request) -> dict[str, Path]:
+    if request.out == "":
+        raise InputError("--out is empty; give a folder, or a path without ending")
     source = Path(request.path).expanduser()
     name = source.name
     for suffix in _SUFFIXES:

@@ -2,15 +2,13 @@
 
 Importing timm imports torchvision, which registers fake kernels for its compiled operators while it is imported. Where
 torchvision's compiled part cannot be loaded (a wheel built for CUDA beside a CPU-only torch) those operators do not
-exist and the import fails. `torch.library.register_fake` is therefore wrapped during that one import, so that a missing
-operator is skipped, and is put back afterwards; nothing stays patched.
+exist and the import fails. They are skipped here as `reparam` skips them for `--arch timm:NAME`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -18,41 +16,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from reparam.capture.imports import missing_operators_skipped
+
 CALIBRATION_FORWARDS = 2
 CALIBRATION_BATCH = 4
 SMALL = 64
 
 
-@contextlib.contextmanager
-def _missing_operators_are_skipped() -> Iterator[None]:
-    """While active, registering a fake kernel for an operator that does not exist is a no-op."""
-    original = torch.library.register_fake
-
-    def register_fake(op: Any, *args: Any, **kwargs: Any) -> Any:
-        registration = original(op, *args, **kwargs)
-        if not callable(registration) or args or "func" in kwargs:
-            return registration
-
-        def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
-            try:
-                registration(kernel)
-            except RuntimeError as error:
-                if "does not exist" not in str(error):
-                    raise
-            return kernel
-
-        return decorate
-
-    torch.library.register_fake = register_fake
-    try:
-        yield
-    finally:
-        torch.library.register_fake = original
-
-
 def import_torchvision() -> ModuleType:
     """Imports and returns torchvision, whether or not its compiled operators can be loaded."""
-    with _missing_operators_are_skipped():
+    with missing_operators_skipped():
         return importlib.import_module("torchvision")
 
 

@@ -54,6 +54,9 @@ def _builder(arch: str, arguments: dict[str, Any]) -> tuple[Callable[..., Any], 
     source, colon, name = arch.partition(":")
     if not colon or not source or not name:
         raise InputError(f"--arch {arch} is in no known form; write {FORMS}")
+    if source.endswith(".py") or "/" in source:
+        stem = source.rpartition("/")[2].removesuffix(".py")
+        raise InputError(f"--arch {arch} names a file; run in the folder that holds it and write {stem}:{name}")
     if source == "timm":
         timm = _library("timm", arch)
         _check_known(arch, name.partition(".")[0], lambda: timm.list_models() if not timm.is_model(name) else [name])
@@ -73,7 +76,8 @@ def _builder(arch: str, arguments: dict[str, Any]) -> tuple[Callable[..., Any], 
 def _library(module: str, arch: str) -> Any:
     package = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        with importable_current_folder():
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or package).partition(".")[0]
         raise InputError(

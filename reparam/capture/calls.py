@@ -20,6 +20,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from reparam.capture.custom import custom_functions_followed, replaced
+
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tensor")
 _RANDOM = """
     bernoulli multinomial normal poisson rand rand_like randint randint_like randn randn_like randperm
@@ -85,6 +87,7 @@ def traced_calls(tracer: Any, root: nn.Module) -> Iterator[None]:
         for patch in _elsewhere(stand_ins, root):
             stack.enter_context(patch)
         stack.enter_context(mock.patch.object(torch.autocast, "__init__", _autocast_of(torch.autocast.__init__)))
+        stack.enter_context(custom_functions_followed(tracer, root))
         for name in (*_METHODS, "pow", "remainder", "bitwise_and", "clamp", "where", "float_power"):
             method = getattr(torch.Tensor, name)
             stack.enter_context(mock.patch.object(torch.Tensor, name, _traced(tracer, "call_method", name, method)))
@@ -105,27 +108,18 @@ def _elsewhere(stand_ins: Mapping[int, Callable[..., Any]], root: nn.Module) -> 
     for name, module in list(sys.modules.items()):
         theirs = isinstance(module, ModuleType) and not name.startswith(("torch.", "reparam."))
         if theirs and (found := _known(vars(module), stand_ins)):
-            yield _replaced(vars(module), found)
+            yield replaced(vars(module), found)
     for part in root.modules():
         if found := _known(vars(part), stand_ins):
-            yield _replaced(vars(part), found)
+            yield replaced(vars(part), found)
     for kind in {base for part in root.modules() for base in type(part).__mro__}:
         for name, stand_in in _known(vars(kind), stand_ins).items():
             yield mock.patch.object(kind, name, staticmethod(stand_in))
 
 
-@contextmanager
-def _replaced(names: dict[str, Any], stand_ins: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Other values for some names, of which those that are still there afterwards go back."""
-    before = {name: names[name] for name in stand_ins}
-    names.update(stand_ins)
-    try:
-        yield
-    finally:
-        names.update({name: value for name, value in before.items() if names.get(name) is stand_ins[name]})
-
-
 def _known(names: Mapping[str, Any], stand_ins: Mapping[int, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    if stand_ins.keys().isdisjoint(map(id, list(names.values()))):  # of nearly every module; asked of thousands
+        return {}
     return {name: stand_ins[id(value)] for name, value in list(names.items()) if id(value) in stand_ins}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from reparam.capture.archives import example_of
 from reparam.capture.imports import first_line
 from reparam.capture.load import default_input_size
-from reparam.errors import InputError
+from reparam.errors import InputError, OtherInputError
 from reparam.inputs import Inputs
 
 _SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
@@ -94,7 +95,7 @@ def example_inputs(
         shape = default_input_size(model)
         if shape is None:
             raise InputError(
-                f"the input size of {_name_of(model)} is not known; give it with --input, as in 1x3x224x224"
+                f"the input size of {_name_of(model)} is not known; give it with --input, as in {_hint(model)}"
             )
         parsed = (InputSpec(shape),)
     generator = torch.Generator().manual_seed(seed)
@@ -103,6 +104,12 @@ def example_inputs(
     tensors = [(spec.name, _draw(spec, model, generator).to(device)) for spec in parsed]
     args = tuple(tensor for name, tensor in tensors if name is None)
     return Inputs(args, {name: tensor for name, tensor in tensors if name is not None}), parsed
+
+
+def _hint(model: nn.Module) -> str:
+    """A specification of the kind that the model takes, as far as its first layer tells."""
+    weighted = (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    return "1x77:int64" if isinstance(next(weighted, None), (nn.Embedding, nn.EmbeddingBag)) else "1x3x224x224"
 
 
 def _name_of(model: nn.Module) -> str:
@@ -134,6 +141,7 @@ def check_runs(model: nn.Module, inputs: Inputs, specs: Sequence[InputSpec], *, 
     Raises:
         InputError: it fails; the sentence names the shape and the innermost module that was running.
     """
+    _require_callable(model, inputs)
     running: list[str] = []
     handles = []
     for name, module in () if isinstance(model, torch.jit.ScriptModule) else model.named_modules():
@@ -142,6 +150,10 @@ def check_runs(model: nn.Module, inputs: Inputs, specs: Sequence[InputSpec], *, 
         handles.append(module.register_forward_hook(partial(_leave, running)))
     try:
         inputs.call(model)
+    except OtherInputError as error:
+        raise InputError(
+            f"{_name_of(model)} does not take the input {' and '.join(map(str, specs))}: {error}"
+        ) from None
     except Exception as error:  # the user's code
         where = f" in {running[-1]}" if running else ""
         shapes = " and ".join(str(spec) for spec in specs)
@@ -153,6 +165,30 @@ def check_runs(model: nn.Module, inputs: Inputs, specs: Sequence[InputSpec], *, 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _require_callable(model: nn.Module, inputs: Inputs) -> None:
+    """Whether there is a forward that takes so many inputs, of these names.
+
+    Raises:
+        InputError: there is not; the sentence says what it takes.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        return
+    name = type(model).__name__
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise InputError(f"{name} has no forward; pass the module that calls what is in it")
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"{name}.forward takes {signature} and not the inputs given ({error}); name them with --input NAME=SIZE, "
+            "or leave some out"
+        ) from None
 
 
 def _enter(running: list[str], label: str, *_: object) -> None:

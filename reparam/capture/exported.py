@@ -40,11 +40,23 @@ def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
                 program = torch.export.export(
                     model, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
                 )
+                _require_no_transforms(program)
                 return graph_module(program)
         except Exception as failed:
             error = error or failed
     assert error is not None
     raise error
+
+
+def _require_no_transforms(program: torch.export.ExportedProgram) -> None:
+    """Refuses what `torch.vmap` leaves in a program: calls that open a level, and calls that close it.
+
+    Raises:
+        NotImplementedError: there are such calls; a graph that stops between two of them leaves torch in that level.
+    """
+    for node in program.graph.nodes:
+        if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+            raise NotImplementedError(f"torch.func in a program ({node.target.__name__})")
 
 
 def graph_module(program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -1,12 +1,19 @@
-"""Importing what a user names, with failures as sentences."""
+"""Importing what a user names, with failures as sentences.
+
+torchvision registers fake kernels for its compiled operators while it is imported, by whomever. Where its compiled part
+cannot be loaded (a wheel built for CUDA beside a CPU-only torch) those operators do not exist and the import fails,
+though most of its models need none of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from reparam.errors import InputError
 
@@ -46,13 +53,44 @@ def import_name(name: str, purpose: str) -> Any:
 
 @contextlib.contextmanager
 def importable_current_folder() -> Iterator[None]:
-    """While active, modules in the current folder can be imported, as they can for `python -m`."""
+    """While active, modules in the current folder can be imported, as they can for `python -m`.
+
+    Kernels for operators that do not exist are skipped; whoever calls such an operator is told.
+    """
     sys.path.insert(0, "")
     try:
-        yield
+        with missing_operators_skipped():
+            yield
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove("")
+
+
+@contextlib.contextmanager
+def missing_operators_skipped() -> Iterator[None]:
+    """While active, registering a fake kernel for an operator that does not exist is a no-op."""
+    original = torch.library.register_fake
+
+    def register_fake(op: Any, *args: Any, **kwargs: Any) -> Any:
+        registration = original(op, *args, **kwargs)
+        if not callable(registration) or args or "func" in kwargs:
+            return registration
+
+        def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
+            try:
+                registration(kernel)
+            except RuntimeError as error:
+                if "does not exist" not in str(error):
+                    raise
+            return kernel
+
+        return decorate
+
+    torch.library.register_fake = register_fake
+    try:
+        yield
+    finally:
+        torch.library.register_fake = original
 
 
 def first_line(error: object) -> str:

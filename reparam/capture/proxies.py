@@ -22,6 +22,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from reparam.capture.asking import asks_in_python
 from reparam.checks import require_value
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -85,8 +86,11 @@ class ValueProxy(_Readable, fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """The class of the value: a model that asks `isinstance(x, torch.Tensor)` has to get its answer."""
-        return type(self.reparam_value)
+        """The class of the value: a model that asks `isinstance(x, torch.Tensor)` has to get its answer.
+
+        Compiled code that asks would take the proxy for a tensor and read its memory.
+        """
+        return type(self.reparam_value) if asks_in_python(sys._getframe(1)) else type(self)
 
     def __getattr__(self, k: str) -> Any:
         return _attribute_of(self, k)
@@ -165,7 +169,7 @@ class ValueAttribute(_Readable, fx.proxy.Attribute):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """The class of the value, as for `ValueProxy`."""
-        return type(self.reparam_value)
+        return type(self.reparam_value) if asks_in_python(sys._getframe(1)) else type(self)
 
     def _root_value(self) -> Any:
         return self.root.reparam_value

@@ -146,7 +146,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
             generators.restore()
         if drawn:
             raise UnfitModelError(f"{name} draws a random number ({drawn[0]}), which the graph would repeat")
-        captured = _symbolic(program, inputs, leaves)
+        captured = _program(program, inputs, leaves)
         note_exact(model, inputs, captured.root, captured.graph, _strangers(captured, model), _graph_exported)
         if not graph_answers_as(model, inputs, captured.root, captured.graph):
             raise CaptureError(f"{name} cannot be exported: the program answers the example otherwise")
@@ -166,6 +166,14 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
         what, lines = _joined({f"{fact}s" for fact in asked}), ", ".join(dict.fromkeys(asked.values()))
         notes += (f"the program is for the {what} of the example, as the forward asks for them ({lines})",)
     return replace(captured, how="export", name=name, notes=(*_mode_notes(model), *notes))
+
+
+def _program(program: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
+    """Traces an exported program; where that fails it is the program that is unfit, not what the user gave."""
+    try:
+        return _symbolic(program, inputs, leaves)
+    except InputError as error:
+        raise CaptureError(f"its program is of no use: {error}") from error
 
 
 _FIXED_SIZE = re.compile(r"(\w+)\.size\(\)\[(\d+)\] == (\d+)")

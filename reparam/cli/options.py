@@ -34,7 +34,9 @@ file_options = options(
     click.option(
         "--allow-pickle", is_flag=True, help="Let the file run any code. Only for files whose source you trust."
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of all random inputs."),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all random inputs."
+    ),
 )  # fmt: skip
 source_options = options(
     file_options,

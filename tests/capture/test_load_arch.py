@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,6 +80,17 @@ def test_a_library_that_fails_to_import_is_named(monkeypatch: pytest.MonkeyPatch
         InputError, match=r"importing timm failed with RuntimeError \(operator ops::nms does not exist\)"
     ):
         build_arch("timm:anything")
+
+
+def test_libraries_are_imported_whose_compiled_operators_do_not_load() -> None:
+    """In a process that has imported neither, as the command does it."""
+    program = (
+        "from reparam.capture.arch import build_arch\n"
+        "print(*(type(build_arch(name)).__name__ for name in ('timm:test_byobnet', 'torchvision:squeezenet1_1')))\n"
+        "import torch; assert torch.library.register_fake.__module__ == 'torch.library'\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["ByobNet", "SqueezeNet"]), done.stderr[-2000:]
 
 
 def test_a_callable_or_a_model_will_do() -> None:

@@ -120,7 +120,7 @@ def test_weights_with_arch_from_the_current_folder(tmp_path: Path, monkeypatch: 
     result = invoke("weights.pth", "--arch", "cli_nets:build", "--arch-args", "channels=3", "--input", "x=1x2x9",
                     "--no-bench", "--no-onnx", "--no-archive")  # fmt: skip
     assert result.exit_code == 2
-    assert "TypeError" in result.stderr  # nn.Sequential calls its argument `input`
+    assert "Sequential.forward takes (input) and not the inputs given" in result.stderr
     result = invoke("weights.pth", "--arch", "cli_nets:build", "--arch-args", "channels=3", "--input", "1x2x9",
                     "--no-bench", "--no-onnx", "--no-archive")  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -223,6 +223,10 @@ def test_nothing_is_left_when_the_fused_model_disagrees(model_file: Path, monkey
         (("--input", "1x0x8"), "has no element"),
         (("--input", "1x3x8x8:float99"), "no dtype is called float99"),
         (("--input", "x=1x3x8x8", "--input", "x=1x3x8x8"), "one name twice"),
+        (("--input", "y=1x3x8x8"), "Sequential.forward takes (input) and not the inputs given (missing a required arg"),
+        (("--input", "1x3x8x8", "--input", "1x3"), "too many positional arguments); name them with --input NAME=SIZE"),
+        (("--out", ""), "--out is empty"),
+        (("--arch", "./nets.py:build"), "names a file; run in the folder that holds it and write nets:build"),
         (("--arch-args", "3"), "key=value"),
         (("--key", "ema"), "nothing under --key ema"),
     ],
@@ -244,7 +248,31 @@ def test_missing_file_and_usage(tmp_path: Path) -> None:
     assert "does not exist" in result.stderr
     assert result.stdout == ""
     assert invoke(tmp_path / "none.pt", "--no-such-option").exit_code == 2
+    assert "(File name too long); give a place with --out" in invoke(tmp_path / ("x" * 5000)).stderr
+    for seed in (-1, 2**64):
+        assert "is not in the range" in invoke(tmp_path / "none.pt", "--seed", seed).stderr
     assert invoke().exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.ModuleList([nn.Linear(3, 3)]), "ModuleList has no forward; pass the module that calls what is in it"),
+        (nn.Sequential(nn.Embedding(4, 3)), "is not known; give it with --input, as in 1x77:int64"),
+    ],
+)
+def test_models_that_cannot_be_run_as_they_are(tmp_path: Path, model: nn.Module, message: str) -> None:
+    torch.save(model, tmp_path / "model.pt")
+    result = invoke(tmp_path / "model.pt")
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_an_archive_says_which_sizes_it_is_for(tmp_path: Path) -> None:
+    example = torch.randn(1, 3, 8, 8)
+    torch.export.save(torch.export.export(network(), (example,)), tmp_path / "model.pt2")
+    result = invoke(tmp_path / "model.pt2", "--input", "1x3x9x9")
+    assert result.exit_code == 2
+    assert "ExportedProgram does not take the input 1x3x9x9: this model was captured for other inputs" in result.stderr
 
 
 def test_a_place_that_cannot_be_written(model_file: Path) -> None:

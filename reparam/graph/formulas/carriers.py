@@ -171,6 +171,8 @@ def mean(call: Call) -> Carried | None:
 def adaptive_average_pool(call: Call) -> Carried | None:
     """The average over windows that cover the image evenly: every window is inside of it."""
     wanted = call["output_size"]
+    if isinstance(wanted, fx.Node):
+        return None  # an argument of the model
     return _spatial(call, [wanted] if isinstance(wanted, int) else list(wanted or []))
 
 
