@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from reparam.graph.nodes import attribute, info, module_of, pinned
 from reparam.graph.normal import mutated
 
 _CASTS = ("float", "double", "half", "bfloat16")
-_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential", "empty", "uniform")
+_RANDOM = re.compile(r"rand|dropout|bernoulli|multinomial|(?<![a-z])normal(?![a-z])|poisson|exponential|empty|uniform")
 _NEW = ("new_tensor", "new_full", "new_zeros", "new_ones")
 _FILLED = (torch.arange, torch.full, torch.zeros, torch.ones, torch.eye, torch.linspace, torch.tensor)
 _EXACT = set(
@@ -79,15 +81,17 @@ class Constants:
             return pinned(node) is None
         if node.op in ("placeholder", "output") or pinned(node) or mutated(node, self._root) is not None:
             return False
-        if node.op == "call_module" and not (self._layers and computes_the_same(module_of(node, self._root))):
-            return False
         if any(other not in self._constant for other in self._operands(node)):
             return False
         if not node.all_input_nodes and not _is_filled(node):
             return False
-        if self._rounds(node):
+        if self._rounds(node) or (node.op == "call_module" and not self._may_be_computed(module_of(node, self._root))):
             return False
-        return not any(word in _name(node) for word in _RANDOM) and node.target is not operator.setitem
+        return _RANDOM.search(_name(node)) is None and node.target is not operator.setitem
+
+    def _may_be_computed(self, module: nn.Module | None) -> bool:
+        """Whether the module makes a constant of one; without `layers` it must not have weights, as an activation."""
+        return computes_the_same(module) and (self._layers or not any(True for _ in module.parameters()))  # type: ignore[union-attr]
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values a node needs: not those of which it only asks for the dtype and the device."""
@@ -137,9 +141,9 @@ class Constants:
         values = self._values if like is None else {**self._values, like: _stand_in(like)}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
         if node.op == "call_method" and node.target in _CASTS:
-            return _doubled(args[0])
+            return args[0].detach().to(torch.float64)  # type: ignore[union-attr]
         args, kwargs = pytree.tree_map_only(torch.dtype, _widened, (args, kwargs))
-        with torch.no_grad():
+        with torch.no_grad(), _default_float64():
             if node.op == "call_module":
                 value = copy.deepcopy(module_of(node, self._root)).double()(*args, **kwargs)  # type: ignore[union-attr]
             elif node.op == "call_method":
@@ -149,6 +153,17 @@ class Constants:
         if isinstance(value, torch.Tensor) and _eps(node) > self._precision:
             value = value.to(info(node).dtype)  # type: ignore[union-attr]
         return pytree.tree_map_only(torch.Tensor, _doubled, value)
+
+
+@contextmanager
+def _default_float64() -> Iterator[None]:
+    """Inside, what is made of Python's numbers or of integers has their precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _name(node: fx.Node) -> str:

@@ -214,7 +214,7 @@ class CallTable(Generic[Found]):
             return None
         if isinstance(decided := node.meta.get("stays"), Inexact):  # an earlier pass needs it where it is
             return decided
-        inexact = _untouchable(node, root)
+        inexact = _untouchable(node, root, constants)
         if inexact is not None:
             return None if row.raw else inexact
         if row.raw:
@@ -281,7 +281,7 @@ def plain_type(module: nn.Module | None) -> type:
     return cls.__mro__[1] if module is not None and is_parametrized(module) else cls
 
 
-def _untouchable(node: fx.Node, root: nn.Module) -> Inexact | None:
+def _untouchable(node: fx.Node, root: nn.Module, constants: Constants) -> Inexact | None:
     tensor = info(node)
     if tensor is None or not tensor.dtype.is_floating_point:
         return Inexact("its result is not a floating-point tensor")
@@ -290,8 +290,14 @@ def _untouchable(node: fx.Node, root: nn.Module) -> Inexact | None:
         return Inexact(f"a tensor it reads or makes must stay: {reason}", "use the out-of-place form of the operation")
     for other in node.all_input_nodes:
         operand = info(other)
-        if operand is not None and operand.dtype.is_floating_point and operand.dtype != tensor.dtype:
+        if operand is None or operand.dtype == tensor.dtype:
+            continue
+        if operand.dtype.is_floating_point:
             return Inexact("it converts between floating-point types", "run the model in one type")
+        if other not in constants:
+            return Inexact(
+                "it makes floating-point numbers of others, which a layer does not", "convert them first, by x.float()"
+            )
     module = module_of(node, root)
     parts = () if module is None else module.modules() if module._modules else (module,)
     return next((found for part in parts if (found := _module_hides_something(part)) is not None), None)

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
+from reparam.checks import require_sizes
 from reparam.graph.nodes import info, pinned, replace_by_literal
 
 Atom: TypeAlias = "tuple[fx.Node, int]"
@@ -100,6 +101,8 @@ class Sizes:
         dims = found if found is not None and _fits(found, shape) else own_sizes(node)
         # On any other input the original fails: a layer with weights reads it.
         wanted = [self._demanded(node, axis) if dims[axis].atoms else None for axis in range(len(shape))]
+        if any(user.target is require_sizes for user in node.users):
+            wanted[1:] = shape[1:]
         return tuple(size if number is None else Size(number) for size, number in zip(dims, wanted, strict=True))
 
     def value(self, argument: Any) -> Size | None:

@@ -7,13 +7,14 @@ from typing import Protocol
 
 from torch import fx, nn
 
+from reparam.passes.apart import Apart
 from reparam.passes.base import Choice, Refusal, Rewrite
 from reparam.passes.bias_maps import BiasMaps
 from reparam.passes.cleanup import Cleanup
 from reparam.passes.collapse import Collapse
 from reparam.passes.constant_folding import ConstantFolding
 from reparam.passes.cost import CostModel
-from reparam.passes.fixed_sizes import FixedSizes
+from reparam.passes.fixed_sizes import FixedSizes, KnownSizes
 from reparam.passes.inference_form import InferenceForm
 from reparam.passes.join import Join
 from reparam.passes.moves import Moves
@@ -42,8 +43,10 @@ def pipeline(
     return (
         *((FixedSizes(),) if fixed_sizes else ()),  # before all that asks what is constant
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
+        KnownSizes(),  # 1 / sqrt(q.shape[-1]) and its like are constants, as much as those of parameters
         Cleanup(final=False),  # so does an operation that returns what it reads
         Repeats(affine=False),  # two tensors that are one: their readers are neighbours then
+        Apart(),  # an image normalised channel by channel: one scale and shift, for the moves
         NormWeights(cost=cost),  # to be merged by the collapse, like any scale and shift
         # moves, then the collapse, which merges what they brought together; again if that allows more moves
         Rounds(
@@ -60,7 +63,7 @@ def pipeline(
 
 PIPELINE = pipeline(CostModel())
 ASKING = (
-    *(BiasMaps, Cleanup, Collapse, ConstantFolding, FixedSizes, InferenceForm),
+    *(Apart, BiasMaps, Cleanup, Collapse, ConstantFolding, FixedSizes, InferenceForm),
     *(Join, Moves, NormWeights, Repeats, Rounds, Scores),
 )
 """Passes that ask the ledger before each rewrite; any other one is asked for as a whole."""

@@ -8,8 +8,9 @@ integer tensor a floating one, ones of shape `[4, 1, 1]` broadcast an `x` of one
 for another batch. So sizes are compared as `reparam.graph.sizes` knows them, and a constant needs one element, or sizes
 that are known. `x + 0` turns -0.0 into 0.0, so it stays where an operation behind it can tell the two apart.
 
-Not done: casts and `contiguous`, which do something in another precision or memory layout; `clone`, which gives the
-caller a tensor of their own.
+What other functions, and modules, do nothing is in `reparam.passes.idle`.
+
+Not done: casts and `contiguous`, which do something in another precision or memory layout.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from reparam.graph.normal import eliminate_dead_code, mutated
 from reparam.graph.sizes import Sizes, spell_out
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
+from reparam.passes.idle import idle
 from reparam.passes.ledger import allowed
 
 _TIMES = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
@@ -88,6 +90,7 @@ class _About:
     """What is constant, and which sizes are known; the latter found when first asked for."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module, table: LiftTable) -> None:
+        self.root = root
         self.constants = Constants(graph, root)
         self._make: Callable[[], Sizes] = lambda: LiftedGraph(graph, root, table, self.constants).sizes
         self._sizes: Sizes | None = None
@@ -126,7 +129,7 @@ def _may_be_handed_out(source: fx.Node, node: fx.Node) -> bool:
 
 
 def _must_stay(node: fx.Node, root: nn.Module) -> bool:
-    if node.op not in ("call_function", "call_method") or info(node) is None or pinned(node) is not None:
+    if not node.op.startswith("call") or info(node) is None or pinned(node) is not None:
         return True
     if any(pinned(other) is not None for other in node.all_input_nodes):
         return True
@@ -135,8 +138,9 @@ def _must_stay(node: fx.Node, root: nn.Module) -> bool:
 
 def _no_op(node: fx.Node, about: _About) -> tuple[fx.Node, str] | None:
     """The tensor that a node's value is, and why; None if it is another one."""
-    for rule in (_arithmetic, _cancelled, _rearranged):
-        found = rule(node, about)
+    rules = () if node.op == "call_module" else (_arithmetic, _cancelled, _rearranged)
+    for rule in (*rules, None):
+        found = idle(node, about.root) if rule is None else rule(node, about)
         if found is not None and same_kind_of_tensor(found[0], node) and pinned(found[0]) is None:
             return found
     return None

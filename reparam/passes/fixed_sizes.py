@@ -6,12 +6,16 @@ is made of them is constant. It is asked for, and the sizes of the inputs are ch
 
 Precondition: a size becomes a literal only if it follows from sizes of the inputs other than their first axis, which is
 taken for the batch. What depends on the batch, or is not understood, is left to run time.
+
+`KnownSizes` does the same, always, with the sizes that are alike for every input, because a layer's weights fix them:
+`1 / math.sqrt(q.shape[-1])`, `kernel.repeat(x.shape[1], 1, 1, 1)`.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import fx, nn
 
@@ -29,6 +33,8 @@ _WINDOWED = ("conv", "pool", "pad", "interpolate", "upsample", "pixelshuffle", "
 """Parts of the names of operations that treat each image of a batch alike, whose sizes make those of the result."""
 
 
+_Value: TypeAlias = "int | float | bool | tuple[int, ...]"
+
 _IDENTITY = "a size of the inputs, which are checked for it, or computed from such sizes"
 
 
@@ -42,38 +48,76 @@ class FixedSizes:
     def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
         """Rewrites the graph in place."""
         spell_out(graph)
-        fixed = _Fixed(graph, root, LiftedGraph(graph, root, self.table, Constants(graph, root)).sizes)
-        found = {node: value for node in graph.nodes if (value := fixed.value(node)) is not None}
+        fixed = _fixed(graph, root, self.table, of_inputs=True)
+        found = fixed.values(graph)
         rewrites = {}
         for node, value in found.items():
             if any(user not in found and user.target not in CHECKS for user in node.users):
                 rewrites[node] = Rewrite(self.name, place(node), (described(node, root),), str(value), _IDENTITY)
         if not all_allowed([(rewrite, (node,)) for node, rewrite in rewrites.items()]):
             return [], []  # they hang together
-        for node, value in reversed(found.items()):
-            _drop_checks(node)
-            replace_by_literal(node, value)
+        _write(found, graph)
         for source in fixed.inputs:
             check_sizes(source, graph)
         return list(rewrites.values()), []
 
 
+@dataclass(frozen=True)
+class KnownSizes:
+    """The pass. `table` says what is affine, which tells sizes. It changes no tensor, and reports nothing."""
+
+    table: LiftTable = TABLE
+    name = "known sizes"
+
+    def run(self, graph: fx.Graph, root: nn.Module) -> tuple[list[Rewrite], list[Refusal]]:
+        """Rewrites the graph in place."""
+        if any("number" in node.meta for node in graph.nodes):
+            _write(_fixed(graph, root, self.table, of_inputs=False).values(graph), graph)
+        return [], []
+
+
+def _fixed(graph: fx.Graph, root: nn.Module, table: LiftTable, *, of_inputs: bool) -> _Fixed:
+    return _Fixed(graph, root, LiftedGraph(graph, root, table, Constants(graph, root)).sizes, of_inputs)
+
+
+def _write(found: dict[fx.Node, _Value], graph: fx.Graph) -> None:
+    """Puts the numbers where they were read, and what Python computes of numbers alone where that was read."""
+    for node, value in reversed(found.items()):
+        _drop_checks(node)
+        replace_by_literal(node, value)
+    for node in list(graph.nodes):
+        home = getattr(node.target, "__module__", None)
+        if node.op != "call_function" or node.all_input_nodes or home not in ("math", "_operator"):
+            continue
+        try:
+            result = node.target(*node.args, **node.kwargs)
+        except Exception:
+            continue  # it then fails when the model runs, as the original does
+        if type(result) in (int, float, bool):
+            _drop_checks(node)
+            replace_by_literal(node, result)
+
+
 class _Fixed:
-    """Which sizes follow from those of the inputs but their first axis.
+    """Which sizes are alike for every input, or (`of_inputs`) follow from those of the inputs but their first axis.
 
     Attributes:
         inputs: whose sizes were used.
     """
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, sizes: Sizes) -> None:
-        self._root, self._sizes = root, sizes
+    def __init__(self, graph: fx.Graph, root: nn.Module, sizes: Sizes, of_inputs: bool) -> None:
+        self._root, self._sizes, self._of_inputs = root, sizes, of_inputs
         self._free: dict[Atom, bool] = {}
         self.inputs: dict[fx.Node, None] = {}
         for node in graph.nodes:  # in order, because a graph can be deeper than Python's stack
             for axis in range(-1, len(tensor.shape) if (tensor := info(node)) is not None else 0):
                 self._free[node, axis] = self._is_free(node, axis)
 
-    def value(self, node: fx.Node) -> int | float | bool | tuple[int, ...] | None:
+    def values(self, graph: fx.Graph) -> dict[fx.Node, _Value]:
+        """The numbers and sizes of all nodes that have some."""
+        return {node: value for node in graph.nodes if (value := self.value(node)) is not None}
+
+    def value(self, node: fx.Node) -> _Value | None:
         """The number, or the sizes, that the node has for every input that is let in."""
         sizes = self._stands_for(node)
         if not sizes or not self._known(sizes):
@@ -95,7 +139,7 @@ class _Fixed:
         if axis < 0:
             return self._is_free_number(node)
         if _is_input(node):
-            return axis > 0
+            return axis > 0 and self._of_inputs
         name = kind(node, self._root).lower()
         if axis == 0 or not node.args or not isinstance(node.args[0], fx.Node) or info(node.args[0]) is None:
             return False

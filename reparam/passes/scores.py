@@ -2,6 +2,7 @@
 
     s * (q @ k) = (s * q) @ k,    s * v(A(x)) = v(s_R * A(x))      (1 / sqrt(d) goes into the query projection)
 
+The product may be written as an `einsum` of two tensors, which is linear in either, too.
 `v` is a chain of reshapes, permutations and choices of elements; it commutes with any one number. Where it chooses
 (query, key and value come from one layer), `R` are the rows of the layer that it reads, found by running the chain on
 the numbers of the channels, at the example's sizes and at others. Preconditions: every step has no other reader, what
@@ -130,8 +131,8 @@ def _ways(
                 yield _Way(value, chain, product)
             return
         name = _name(value)
-        if value.target in _PRODUCTS and not product:
-            operands = value.args[:2]
+        if value.target in (*_PRODUCTS, torch.einsum) and not product:
+            operands = _operands(value)
             if only_reader(value) is reader and not value.kwargs and len(set(operands)) == 2:
                 for operand in operands:
                     if isinstance(operand, fx.Node):
@@ -145,6 +146,14 @@ def _ways(
         if only_reader(value) is not reader and not all(user is reader or harmless(user) for user in value.users):
             return
         value, reader, chain = source, value, (value, *chain)
+
+
+def _operands(product: fx.Node) -> tuple[Any, ...]:
+    """The two tensors that a product is linear in."""
+    if product.target is not torch.einsum:
+        return product.args[:2]
+    rest = product.args[1] if isinstance(product.args[1], (list, tuple)) else product.args[1:]
+    return tuple(rest) if isinstance(product.args[0], str) and len(rest) == 2 else ()
 
 
 def _is_choice(node: fx.Node) -> bool:

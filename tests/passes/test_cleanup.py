@@ -53,13 +53,22 @@ GOES: dict[str, Forward] = {
     "axis_with_itself": lambda m, x: torch.sin(torch.cos(x).transpose(-1, 3)),
     "cat_of_one": lambda m, x: torch.sin(torch.cat([torch.cos(x)], 1)),
     "whole_slice": lambda m, x: torch.sin(torch.cos(x)[:, :, ...]),
+    "copy": lambda m, x: torch.sin(torch.cos(x).clone()),
+    "slope_of_one": lambda m, x: torch.sin(F.leaky_relu(torch.cos(x), 1.0)),
+    "layer_with_a_slope_of_one": lambda m, x: torch.sin(m.slope(torch.cos(x))),
+    "padding_by_nothing": lambda m, x: torch.sin(F.pad(torch.cos(x), (0, 0, 0, 0))),
+    "layer_that_pads_by_nothing": lambda m, x: torch.sin(m.pad(torch.cos(x))),
+    "windows_of_one": lambda m, x: torch.sin(F.avg_pool2d(F.max_pool2d(torch.cos(x), 1), kernel_size=1, stride=1)),
+    "layer_of_windows_of_one": lambda m, x: torch.sin(m.pool(torch.cos(x))),
+    "taken_apart_and_rejoined": lambda m, x: torch.sin(torch.cat(torch.cos(x).chunk(2, 1), 1)),
     "dead_code": lambda m, x: (torch.sin(torch.cos(x)), m.a(x))[0],
 }
 
 
 @pytest.mark.parametrize("name", GOES)
 def test_what_returns_its_input_goes(name: str) -> None:
-    model = Lambda(GOES[name], a=nn.Conv2d(4, 4, 3)).eval()
+    idle = {"slope": nn.LeakyReLU(1.0), "pad": nn.ZeroPad2d(0), "pool": nn.MaxPool2d(1)}
+    model = Lambda(GOES[name], a=nn.Conv2d(4, 4, 3), **idle).eval()
     result = reparam.fuse(model, X)
     assert left(result.module) == {"cos": 1, "sin": 1}
     for x in (X, X[:1], torch.randn(3, 4, 5, 7)):
@@ -78,6 +87,14 @@ STAYS: dict[str, tuple[Forward, torch.Tensor, str]] = {
     "ones_that_broadcast": (lambda m, x: torch.sin(torch.cos(x) * m.ones), X, "mul"),
     "power_of_two": (lambda m, x: torch.sin(torch.cos(x) ** 2), X, "pow"),
     "contiguous": (lambda m, x: torch.sin(torch.cos(x).contiguous()), X, "contiguous"),
+    "copy_without_gaps": (
+        lambda m, x: torch.sin(torch.cos(x)[:, :2].clone().view(x.shape[0], -1)),
+        X,
+        "clone",
+    ),
+    "slope_of_almost_one": (lambda m, x: torch.sin(F.leaky_relu(torch.cos(x), 0.99)), X, "leaky_relu"),
+    "windows_of_one_with_strides": (lambda m, x: torch.sin(F.max_pool2d(torch.cos(x), 1, 2)), X, "max_pool2d"),
+    "padding_of_one_side": (lambda m, x: torch.sin(F.pad(torch.cos(x), (0, 1))), X, "pad"),
     "minus_another": (lambda m, x: torch.sin(torch.cos(x) - torch.exp(x)), X, "sub"),
     "one_over": (lambda m, x: torch.sin(1 / (torch.cos(x) + 2)), X, "truediv"),
 }
@@ -110,7 +127,9 @@ def test_adding_zero_stays_where_the_sign_of_a_zero_matters() -> None:
     assert "-0.0" in refusal.reason
 
 
-@pytest.mark.parametrize("forward", [lambda m, x: x * 1, lambda m, x: m.w + 0, lambda m, x: (x + 0).view(-1)])
+@pytest.mark.parametrize(
+    "forward", [lambda m, x: x * 1, lambda m, x: m.w + 0, lambda m, x: (x + 0).view(-1), lambda m, x: x.clone()]
+)
 def test_a_caller_gets_no_hold_on_the_input_or_on_a_weight(forward: Forward) -> None:
     model = Lambda(lambda m, x: (forward(m, x), torch.sin(x)), w=nn.Parameter(torch.ones(3))).eval()
     fused, x = reparam.fuse(model, X).module, X.clone()
@@ -157,6 +176,25 @@ def test_two_tensors_that_the_model_returns_stay_two() -> None:
     model = Lambda(lambda m, x: (torch.sin(x), torch.sin(x).view(-1))).eval()
     first, second = reparam.fuse(model, X).module(X)
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: (lambda y: torch.cos(y.clone().mul_(2)) + y)(torch.sin(x)),
+        lambda m, x: (lambda y, z: (y.add_(1), y * z)[1])(y := torch.sin(x), y.clone()),
+        lambda m, x: (lambda z: (z.view(-1).add_(1), torch.cos(z))[1])(x.clone()) + x,
+        lambda m, x: torch.cos(x[:, :2].clone()).view(x.shape[0], -1),
+        lambda m, x: x[:, :1].expand(-1, 4, -1, -1).clone().mul_(2).sin() + x,
+    ],
+)
+def test_copies_that_are_written_to_are_copies(forward: Forward) -> None:
+    model = Lambda(forward).eval()
+    fused = reparam.fuse(model, X).module
+    for x in (X, torch.randn(3, 5, 5, 7)[:, :4]):
+        before = x.clone()
+        assert torch.equal(model(x), fused(x))
+        assert torch.equal(x, before)
 
 
 def test_an_operator_of_the_users_own_is_called_as_often_as_before() -> None:

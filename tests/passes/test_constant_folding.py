@@ -104,6 +104,73 @@ def test_constants_are_computed_once(name: str) -> None:
     )
 
 
+class Symmetric(nn.Module):
+    """A parametrisation of somebody's own, which calls modules of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Softplus()
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.act(weight + weight.transpose(-1, -2))
+
+
+def under(parametrisation: nn.Module) -> nn.Module:
+    layer = conv()
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", parametrisation)
+    return layer
+
+
+def normalised_by_hand(m: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = m.g[:, None, None, None] * F.normalize(m.c.weight.view(m.c.weight.size(0), -1), dim=1).view_as(m.c.weight)
+    return F.relu(m.n(F.conv2d(x, weight, m.c.bias, padding=1)))
+
+
+def spectral_by_hand(m: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = m.c.weight.view(4, -1)
+    v = F.normalize(weight.t() @ m.u, dim=0, eps=1e-12)
+    u = F.normalize(weight @ v, dim=0)
+    if m.training:
+        m.u.copy_(u)
+    return F.relu(m.n(F.conv2d(x, m.c.weight / u.dot(weight @ v), m.c.bias, padding=1)))
+
+
+def in_steps(m: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = m.c.weight
+    weight = weight - weight.mean(1, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
+    std = weight.view(weight.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
+    return F.relu(m.n(F.conv2d(x, weight / std.expand_as(weight), m.c.bias, padding=1)))
+
+
+def blurred(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Anti-aliased down-sampling: as many copies of the kernel as the tensor has channels."""
+    y = m.n(m.c(x))
+    kernel = m.f[None, None].repeat(y.size(1), 1, 1, 1)
+    return F.relu(F.conv2d(y, kernel, stride=2, groups=y.shape[1]))
+
+
+KERNELS: dict[str, Callable[[], nn.Module]] = {
+    "normalised": lambda: built(normalised_by_hand, c=conv(), g=nn.Parameter(torch.rand(4)), n=nn.BatchNorm2d(4)),
+    "spectral": lambda: built(spectral_by_hand, c=conv(), u=torch.ones(4), n=nn.BatchNorm2d(4)),
+    "in_steps": lambda: built(in_steps, c=conv(), n=nn.BatchNorm2d(4)),
+    "activation": lambda: built(lambda m, x: F.relu(m.n(m.c(x))), c=under(nn.Softplus()), n=nn.BatchNorm2d(4)),
+    "own": lambda: built(lambda m, x: F.relu(m.n(m.c(x))), c=under(Symmetric()), n=nn.BatchNorm2d(4)),
+    "copies": lambda: built(blurred, c=conv(), f=torch.rand(3, 3), n=nn.BatchNorm2d(4)),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_that_people_compute_are_one_layer_s(name: str) -> None:
+    model = KERNELS[name]()
+    result = reparam.fuse(model, X)
+    kinds = [type(module).__name__ for module in result.module.children()]
+    assert kinds.count("Conv2d") == 1
+    assert "BatchNorm2d" not in kinds
+    assert constant_operations(result.module) == []
+    for x in (X, X[:1], torch.randn(3, 4, 5, 7, dtype=torch.float64)):
+        assert relative_error(model(x), result.module(x)) < 1e-14
+
+
 def test_in_float32_a_constant_is_rounded_once() -> None:
     torch.manual_seed(0)
     model = built(bias_table, table=nn.Parameter(torch.randn(25, 2)), index=INDEX).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,6 +52,17 @@ def through_convolutions(m: Any, x: torch.Tensor) -> torch.Tensor:
     return (q.transpose(1, 2) @ k * SCALE).softmax(-1)
 
 
+def by_the_size(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """The factor is computed of a size that the layers fix."""
+    q, k = heads(m.a(x)), heads(m.b(x))
+    return ((q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(m.a(x).size(-1)))).softmax(-1)
+
+
+def through_einsum(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = heads(m.a(x)), heads(m.b(x))
+    return (torch.einsum("bhid,bhjd->bhij", q, k) * SCALE).softmax(-1)
+
+
 def model(forward: Callable[..., Any]) -> nn.Module:
     torch.manual_seed(0)
     parts: dict[str, Any] = {"qkv": nn.Linear(6, 18), "a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}
@@ -62,7 +74,7 @@ def scores(result: reparam.FuseResult) -> int:
     return sum(rewrite.pass_name == "scores" for rewrite in result.report.rewrites)
 
 
-@pytest.mark.parametrize("forward", [by_index, by_chunks, with_bias, through_convolutions])
+@pytest.mark.parametrize("forward", [by_index, by_chunks, with_bias, through_convolutions, by_the_size, through_einsum])
 def test_a_number_enters_the_layer(forward: Callable[..., Any]) -> None:
     original = model(forward)
     result = reparam.fuse(original, TOKENS.double())
