@@ -1,11 +1,15 @@
 """What is computed from parameters only, and scales: timm's models that are full of them, original beside fused.
 
-    python benchmarks/inference_form.py [--models REGEX] [--seconds 8] [--threads 1] [--again all|failed]
+    python benchmarks/inference_form.py [--models REGEX] [--seconds 8] [--threads 1] [--budget MINUTES]
+                                        [--again all|failed] [--untimed]
 
 Models with weight standardisation, with LayerScale, with relative position bias; random weights, no parameter left at a
 constant. Counted are the operations that no input goes into: what every call computes anew from parameters, buffers and
 literals. The error is that of the float64 comparison, which `fuse` makes. Latencies are of one image, eager and in
 onnxruntime, in paired interleaved runs.
+
+`--budget` starts no further model after so many minutes. `--untimed` counts and compares, prints that, and writes
+nothing.
 
 Results go to `benchmarks/results/inference_form.json` and `.md`, one model at a time: a run that was stopped goes on
 where it was, unless the engine, the machine or a version has changed since (exit status 2). Exit status 1 if constant
@@ -44,6 +48,7 @@ MODELS = {
     "edgenext_xx_small": "LayerScale, temperature, positions",
     "maxvit_pico_rw_256": "relative position bias",
     "nf_regnet_b0": "weight standardisation",
+    "nf_resnet50": "weight standardisation",
     "resnetv2_50x1_bit": "weight standardisation",
     "swin_tiny_patch4_window7_224": "relative position bias, 1/sqrt(d)",
 }
@@ -126,6 +131,8 @@ def measure(name: str, args: argparse.Namespace) -> Row:
         assert isinstance(result.module, fx.GraphModule)
         row = replace(row, after=operations(result.module.graph, result.module))
         row = replace(row, error=result.report.comparison.algebra_error)
+        if args.untimed:
+            return replace(row, seconds=round(time.perf_counter() - start, 1))
         row = replace(row, eager=latency({"original": model, "fused": result.module}, x, args))
         found = onnx_latency(model, result.module, x, args)
         row = replace(row, onnx=found.get("onnx"), failed=found.get("onnx_failed", ""))
@@ -194,6 +201,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", default="", metavar="REGEX", help="only models whose names match")
     parser.add_argument("--seconds", type=float, default=8.0, help="time per model and runtime")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no further model after these")
+    parser.add_argument("--untimed", action="store_true", help="count and compare only; print, and write nothing")
     parser.add_argument("--again", choices=("all", "failed"), help="measure these although they are done")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args(arguments)
@@ -205,8 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     facts = {"command": "python benchmarks/inference_form.py", "conditions": conditions(args)}
+    begun = time.perf_counter()
     try:
-        rows = {} if args.again == "all" else load(args.out, facts["conditions"])
+        rows = {} if args.again == "all" or args.untimed else load(args.out, facts["conditions"])
     except ValueError as error:
         print(error)
         return 2
@@ -215,9 +225,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done = name in rows and not (args.again == "failed" and rows[name].failed)
             if done or not re.search(args.models, name):
                 continue
+            if args.budget is not None and time.perf_counter() - begun > 60 * args.budget:
+                print(f"the budget is spent before {name}; the same command goes on from here")
+                break
             row = rows[name] = measure(name, args)
-            save(args.out, rows, facts)
+            if not args.untimed:
+                save(args.out, rows, facts)
             said = [f"{found.ratio.verdict}" for found in (row.eager, row.onnx) if found]
+            said += [f"float64 error {row.error:.0e}"] if row.error is not None else []
             print(
                 f"{name}: {row.before} -> {row.after}, {'; '.join([*said, row.failed])} ({row.seconds:.0f} s)",
                 flush=True,

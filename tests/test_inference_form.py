@@ -21,19 +21,16 @@ from reparam import InputError, fuse, register_inference_form, unregister_infere
 from reparam.capture.inference import parse_inference_forms
 from reparam.cli import main
 from reparam.export import export_onnx
+from tests.idle import RANDOM_IN_ONNX, Beside, assert_nothing_idle
 from tests.support import assert_unchanged, executed_counts, relative_error, run, snapshot, static_counts
-from tests.zoo import dropouts, notes
-from tests.zoo.case import BlockCase, conv_bn, randomise
+from tests.zoo import dropouts
+from tests.zoo.case import conv_bn, randomise
 from tests.zoo.trap import Lambda
 from tools import timm_zoo
 
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-RANDOM_IN_ONNX = {
-    *("Dropout", "Identity", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"),
-    "Multinomial",
-}
 
 
 class Noise(nn.Module):
@@ -302,22 +299,9 @@ def test_the_page_runs_as_printed() -> None:
 # --- what the files hold ---
 
 
-class Beside(nn.Module):
-    """Blocks side by side, each on the input of its shape."""
-
-    def __init__(self, blocks: list[BlockCase]) -> None:
-        super().__init__()
-        self.shapes = [case.input_shape for case in blocks]
-        self.blocks = nn.ModuleList(case.make(torch.float32, seed) for seed, case in enumerate(blocks))
-
-    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        different = list(dict.fromkeys(self.shapes))
-        return [block(inputs[different.index(shape)]) for block, shape in zip(self.blocks, self.shapes, strict=True)]
-
-
-@pytest.mark.parametrize("room", [notes, dropouts], ids=lambda room: room.__name__.rpartition(".")[2])
-def test_no_operator_of_the_files_is_random_or_idle(room: Any, tmp_path: Path) -> None:
-    blocks = room.CASES if room is notes else room.CASES[::4]  # fused, most of the family are the same
+def test_no_operator_of_the_files_is_random_or_idle(tmp_path: Path) -> None:
+    """Of the dropout family; `tests/test_notes.py` has the modules of the notes."""
+    blocks = dropouts.CASES[::4]  # fused, most of the family are the same
     inputs = tuple({case.input_shape: case.inputs(torch.float32) for case in blocks}.values())
     fused = fuse(Beside(blocks).eval(), inputs, verify=False).module
     assert_nothing_idle(fused)
@@ -349,20 +333,6 @@ def test_drop_paths_of_torchvision() -> None:
         model = torchvision.models.convnext_tiny(weights=None, stochastic_depth_prob=0.3).eval()
     result = fuse(model, torch.randn(1, 3, 32, 32), verify="off")
     assert_nothing_idle(result.module)
-
-
-def assert_nothing_idle(module: Any) -> None:
-    """No node whose name speaks of dropping or of chance, and no module of that kind."""
-    counts = static_counts(module)
-    assert (counts["dropout"], counts["identity"]) == (0, 0)
-    for node in module.graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            continue
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node.op == "call_module":
-            name = type(module.get_submodule(node.target)).__name__
-        words = ("drop", "rand", "bernoulli", "stochastic", "identity", "noise")
-        assert not any(word in name.lower() for word in words), name
 
 
 def test_a_wrong_name_in_a_model_of_torch_s_own_layers_ends_in_what_to_do() -> None:

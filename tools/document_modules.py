@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from tests.zoo import branches, notes  # noqa: E402
+from tests.zoo import branches, concats, dropouts, notes  # noqa: E402
 from tests.zoo.case import BlockCase  # noqa: E402
 from tools.record import write  # noqa: E402
 
@@ -31,19 +32,20 @@ WIDTH = 112
 
 @dataclass(frozen=True)
 class Section:
-    """One module: its heading, its formula, what goes and what stays, and the models that show it."""
+    """One module: its heading, its formula, what goes and what stays, the models that show it, and refused ones."""
 
     title: str
     formula: str
     text: str
     cases: tuple[str, ...]
+    refused: tuple[str, ...] = ()
 
 
 HEAD = """# The modules of deep-learning notes
 
 What every collection of notes on convolutional networks explains, seen by a tool that merges what is affine. For each
 module: its formula at inference, what of it is foldable and what is not, and what `reparam` prints. Every model here
-is built from its formula in `tests/zoo/notes.py`; the page is written by `python tools/document_modules.py`.
+is built from its formula in `tests/zoo`, mostly in `notes.py`; `python tools/document_modules.py` writes the page.
 
 Two formulas stand wrong in many notes. **The identity branch as a 3x3 kernel** is 1 at the centre of its *own*
 channel and 0 at all other places (`K[o, i, 1, 1] = 1` if `o = i`), not a kernel of nine ones; with groups, `i` counts
@@ -103,18 +105,43 @@ SECTIONS = (
         ("fusion_add", "fusion_cat"),
     ),
     Section(
-        "Dropout, inverted and classical; spatial dropout; Cutout",
-        "inverted: `x`; classical: `(1 - p) x`; spatial dropout, Cutout, DropBlock: `x`",
+        "DenseNet-BC",
+        "each layer `3x3 relu(BN2(1x1 relu(BN1([x_0, x_1, ...]))))`, its output appended to what the next one reads",
+        "BN1 stands behind a concatenation and in front of a ReLU, which is not linear, and other layers read the same "
+        "tensors through BatchNorms of their own: it stays. BN2 goes into the 1x1 convolution.",
+        ("dense_layers",),
+    ),
+    Section(
+        "Dropout, inverted and classical; spatial dropout",
+        "inverted: `x`; classical: `(1 - p) x`; spatial dropout: `x`",
         "At inference the inverted form does nothing. The classical form keeps its factor, which is a constant "
         "scale and goes into the convolution with the BatchNorm behind it. [inference.md](inference.md) has the "
-        "rest of the family, and what happens to layers that draw in eval mode.",
-        ("dropout_inverted", "dropout_classical"),
+        "rest of the family.",
+        ("dropout_inverted", "dropout_classical", "dropout_spatial"),
+    ),
+    Section(
+        "Cutout and DropBlock",
+        "`x`",
+        "At inference both do nothing, and leave nothing behind. Now and then their author forgot to ask whether the "
+        "model trains. What they then give is random, and the model is refused, with the line and with the word that "
+        "lifts it: `--inference-form Forgotten=identity`.",
+        ("dropout_cutout", "drop_drop_block"),
+        ("blocks",),
+    ),
+    Section(
+        "DropConnect",
+        "`(q W) x`, q the share of weights that were kept in training; inverted: `W x`",
+        "q W is an expression of parameters only: it is computed once, in float64, and the BatchNorm behind goes into "
+        "it, too.",
+        ("drop_connect_classical",),
     ),
     Section(
         "Stochastic depth",
-        "`relu(x + p f(x))`, p the probability that the branch survived training",
-        "p is a constant scale at the end of the branch: it goes into its last convolution.",
-        ("survival_probability",),
+        "`relu(x + p f(x))`, p the probability that the branch survived training; inverted (drop path): "
+        "`relu(x + f(x))`",
+        "p is a constant scale at the end of the branch: it goes into its last convolution. The inverted form does "
+        "nothing at inference.",
+        ("survival_probability", "stochastic_depth_drop_path"),
     ),
     Section(
         "ResNet v1 and the four other orders",
@@ -142,7 +169,8 @@ SECTIONS = (
 
 def models() -> dict[str, BlockCase]:
     """The models by name."""
-    return {case.name: case for case in (*notes.CASES, *branches.CASES)}
+    rooms = (notes, branches, concats, dropouts)
+    return {case.name: case for room in rooms for case in room.CASES}
 
 
 def printed(case: BlockCase) -> str:
@@ -157,6 +185,18 @@ def printed(case: BlockCase) -> str:
     return "\n".join(lines).strip()
 
 
+def refusal(kind: str) -> str:
+    """What the command says of a model that it refuses."""
+    import reparam
+
+    try:
+        reparam.fuse(notes.forgotten(kind).eval(), torch.zeros(2, 4, 8, 9), verify=False)
+    except reparam.CaptureError as error:
+        lines = textwrap.wrap(f"reparam: error: {error}", WIDTH, break_long_words=False, break_on_hyphens=False)
+        return "\n".join(lines)
+    raise AssertionError(f"{kind} was not refused")
+
+
 def page() -> str:
     """The whole page."""
     known = models()
@@ -165,6 +205,8 @@ def page() -> str:
         parts.append(f"\n## {section.title}\n\n{section.formula}\n\n{section.text}\n")
         for name in section.cases:
             parts.append(f"\n`{name}`:\n\n```\n{printed(known[name])}\n```\n")
+        for kind in section.refused:
+            parts.append(f"\n`forgotten({kind!r})`:\n\n```\n{refusal(kind)}\n```\n")
     return "".join(parts)
 
 

@@ -65,3 +65,26 @@ def test_a_model_that_cannot_be_built_is_a_row() -> None:
     row = inference_form.measure("no_such_model", inference_form.parse([]))
     assert row.failed
     assert json.dumps(row.failed)
+
+
+def test_a_budget_ends_a_run_and_an_untimed_one_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[str] = []
+
+    def measure(name: str, args: Any) -> Row:
+        measured.append(name)
+        return replace(GOOD, model=name)
+
+    monkeypatch.setattr(inference_form, "measure", measure)
+    monkeypatch.setattr(inference_form, "conditions", lambda args: CONDITIONS)
+    assert inference_form.main(["--out", str(tmp_path), "--untimed"]) == 0
+    assert measured == list(inference_form.MODELS)
+    assert list(tmp_path.iterdir()) == []
+    measured.clear()
+    assert inference_form.main(["--out", str(tmp_path), "--budget", "0"]) == 0
+    assert "the budget is spent before" in capsys.readouterr().out
+    assert measured == []
+    inference_form.main(["--out", str(tmp_path), "--models", "^convnext"])
+    inference_form.main(["--out", str(tmp_path), "--budget", "5"])
+    assert measured == list(inference_form.MODELS)

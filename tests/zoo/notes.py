@@ -101,6 +101,26 @@ class Masked(nn.Module):
         return x * mask / (1 - self.p) if self.kind == "inverted" else x * mask
 
 
+class Forgotten(nn.Module):
+    """DropBlock (`kind` "blocks") or Cutout whose author forgot to ask whether the model trains."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "blocks":
+            mask = 1 - F.max_pool2d((torch.rand_like(x) < 0.02).to(x.dtype), 3, 1, 1)
+            return x * mask * (mask.numel() / mask.sum())
+        rows = torch.arange(x.shape[2]).view(-1, 1)
+        return x * ((rows - torch.randint(x.shape[2], (1,))).abs() > 1)
+
+
+def forgotten(kind: str) -> nn.Module:
+    """A convolution, one of the two, BatchNorm, ReLU: it is refused, unless it is said what that is at inference."""
+    return nn.Sequential(conv(2, 4, 6, 3), Forgotten(kind), bn(2, 6), nn.ReLU())
+
+
 def dropped(kind: str) -> nn.Module:
     """A convolution, one of the dropouts, BatchNorm, ReLU."""
     return nn.Sequential(conv(2, 4, 6, 3), Masked(kind, 0.3), bn(2, 6), nn.ReLU())
