@@ -22,7 +22,8 @@ class Headline:
         changed: what became of the operations.
         equal: whether the results are the original's, with the errors.
         faster: how much faster it is, with the latencies.
-        speed: the same in three words, of the variant that gains most, and which that is.
+        speed: the same in three words, of the variant that gains most for certain; which that is, with its interval;
+            and whether something makes it doubtful.
         partial: what is missing because the run was interrupted; empty if nothing is.
     """
 
@@ -30,7 +31,7 @@ class Headline:
     changed: str
     equal: str
     faster: str
-    speed: tuple[str, str]
+    speed: tuple[str, str, str]
     partial: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,10 +77,15 @@ def _faster(report: Report) -> str:
     return " ".join(found) or "Latency was not measured."
 
 
-def _speed(report: Report) -> tuple[str, str]:
-    ratios = [pair for timing in (report.timing, report.onnx_timing) if timing for pair in timing.ratios.items()]
-    label, best = max(ratios, key=lambda pair: pair[1].value, default=("", None))
-    return ("not measured", "") if best is None else (re.sub(r"[:(].*", "", best.verdict).strip(), label)
+def _speed(report: Report) -> tuple[str, str, str]:
+    timings = [timing for timing in (report.timing, report.onnx_timing) if timing is not None]
+    ratios = [pair for timing in timings for pair in timing.ratios.items()]
+    label, best = max(ratios, key=lambda pair: pair[1].low, default=("", None))
+    if best is None:
+        return "not measured", "", ""
+    gist, _, interval = re.sub(r":.*", "", best.verdict).partition(" (")
+    doubtful = "doubtful" if any(timing.warnings for timing in timings) else ""
+    return gist, f"{label} ({interval}" if interval else label, doubtful
 
 
 def speed_sentences(timing: Timing | None) -> list[str]:

@@ -62,6 +62,11 @@ def _numbered(report: Report, region_of: dict[int, int]) -> list[tuple[str, list
     ]
 
 
+def _arrows(text: str) -> str:
+    """An arrow that no line ends within."""
+    return text.replace(" -> ", " → ")
+
+
 def _one_row(group: Group) -> bool:
     """Whether a group is small enough to be drawn."""
     return 0 < max(len(group.before), len(group.after)) <= MOST_DRAWN
@@ -85,6 +90,7 @@ def _environment() -> Environment:
         "share": tables.share,
         "sentence": format.sentence,
         "capital": format.capital,
+        "arrows": _arrows,
         "places": format.places,
         "undone_lines": format.undone_lines,
         "drawn": diagram.drawn,
