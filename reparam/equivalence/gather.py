@@ -104,7 +104,9 @@ def _hopeless(output: OutputComparison) -> bool:
 def _lack_of_evidence(run: Sequence[CaseResult], outputs: Sequence[OutputComparison]) -> tuple[str, ...]:
     """A comparison that could not have failed has not passed."""
     if not any(output.elements for output in outputs):
-        return ("nothing finite was compared, so nothing is known",)
+        overflow = any("the original itself overflows" in note for case in run for note in case.notes)
+        why = " (the original itself overflows: give it smaller inputs, or a wider dtype)" if overflow else ""
+        return (f"nothing finite was compared, so nothing is known{why}",)
     drowned = [output.name for output in run[0].outputs if output.numeric_ratio is not None and _hopeless(output)]
     if drowned:
         return (

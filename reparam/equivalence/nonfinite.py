@@ -27,7 +27,10 @@ def nonfinite(
         failures.append(f"{name}: {count(differing)} infinite or NaN in both models, but not the same")
     shared = ~o.isfinite() & same_nonfinite(o, c) & ~c.isfinite()
     if bool(shared.any()):
-        notes.append(f"{name}: {count(shared)} not finite in both models, and not compared")
+        overflow = (
+            ", though they are in float64: the original itself overflows" if bool(t[shared].isfinite().all()) else ""
+        )
+        notes.append(f"{name}: {count(shared)} not finite in both models, and not compared{overflow}")
     rescued = ~o.isfinite() & c.isfinite()
     if bool(rescued.any()):
         notes.append(f"{name}: {count(rescued)} not finite in the original only, and not compared")

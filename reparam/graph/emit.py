@@ -27,6 +27,10 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+MOST_LOST_ULPS = 4.0
+"""Rounding costs each weight half a unit of its last place; a row that loses eight times that has underflown."""
+
+
 def unwritable(geometry: Geometry, ndim: int, axis: int) -> Inexact | None:
     """Why no layer of `torch.nn` is this map on a tensor of `ndim` axes with channels in `axis`; None if one is."""
     if geometry.is_diagonal:
@@ -291,8 +295,13 @@ def _rounded(exact: Deferred, like: TensorInfo) -> torch.Tensor | Inexact:
     """The tensor in the model's dtype and on its device; a new one, never the model's own."""
     held: dict[Deferred, torch.Tensor] = {}
     rounded = exact.evaluate_as(like.dtype, held).to(like.device).contiguous()
+    name = str(like.dtype).removeprefix("torch.")
     if not _finite(rounded) and _finite(exact.evaluate(held)):
-        return Inexact(f"its merged weights overflow {like.dtype}", "fuse in a wider type")
+        peak = float(exact.evaluate(held).abs().max())
+        most = torch.finfo(like.dtype).max
+        return Inexact(f"its merged weights overflow {name}: {peak:.3g} is above {most:.3g}", "fuse in a wider type")
+    if _may_underflow(rounded) and (lost := _underflow(rounded, exact.evaluate(held))):
+        return Inexact(f"its merged weights underflow {name}: {lost}", "fuse in a wider type")
     shared = any(rounded.data_ptr() == tensor.data_ptr() for tensor in held.values())
     return rounded.clone() if shared else rounded
 
@@ -300,3 +309,33 @@ def _rounded(exact: Deferred, like: TensorInfo) -> torch.Tensor | Inexact:
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether no element is infinite or NaN. A finite sum proves it in one pass; an overflowing one proves nothing."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _may_underflow(rounded: torch.Tensor) -> bool:
+    """Whether rounding may have cost a weight [C_out, ...] its precision: it is all small, and some of it subnormal.
+
+    Where an element reaches 4 tiny / eps, no row that counts (see `_underflow`) can be subnormal, however long it is.
+    """
+    if rounded.dtype == torch.float64 or rounded.dim() < 2:
+        return False
+    info, magnitude = torch.finfo(rounded.dtype), rounded.abs()
+    return float(magnitude.max()) < 4.0 * info.tiny / info.eps and bool((magnitude < info.tiny).any())
+
+
+def _underflow(rounded: torch.Tensor, exact: torch.Tensor) -> str:
+    """What is lost of the rows of a weight, in words; empty if it is no more than rounding always costs.
+
+    A row that is smaller than a unit roundoff of the largest one is let pass: a dead channel stays dead.
+    """
+    info = torch.finfo(rounded.dtype)
+    wide = exact.reshape(rounded.shape).flatten(1).to(torch.float64)
+    size = wide.norm(dim=1)
+    error = (rounded.detach().cpu().to(torch.float64).flatten(1) - wide.cpu()).norm(dim=1).to(size.device)
+    lost = (error > MOST_LOST_ULPS * info.eps * size) & (size > info.eps * size.max())
+    if not bool(lost.any()):
+        return ""
+    worst = float((error[lost] / size[lost]).max())
+    return (
+        f"{int(lost.sum())} of {len(size)} channels lose up to {worst:.2g} of their weights, the largest of which is "
+        f"{float(wide.abs().max()):.2g} where the smallest normal number is {info.tiny:.2g}"
+    )
