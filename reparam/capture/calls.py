@@ -38,6 +38,11 @@ _SPECIAL = [name for name, function in vars(torch.special).items() if isinstance
 _METHODS = ("expand", "new_empty", "new_full", "new_ones", "new_zeros", "repeat", "reshape", "tile", "view")
 
 
+def is_factory(target: Any) -> bool:
+    """Whether it is a function of torch that makes a tensor of numbers and sizes alone."""
+    return isinstance(target, BuiltinFunctionType) and target.__name__ in _FACTORIES
+
+
 def functions_of_numbers() -> tuple[Callable[..., Any], ...]:
     """Functions that must not see a proxy, for `Tracer(autowrap_functions=...)`, as a model may import them by name."""
     return (
@@ -80,7 +85,7 @@ def traced_calls(tracer: Any, root: nn.Module) -> Iterator[None]:
         ):
             for name in names:
                 if function := getattr(owner, name, None):
-                    always = owner is torch and name in _RANDOM.split()
+                    always = owner is torch and (name in _RANDOM.split() or (tracer.makes_nodes and name in _FACTORIES))
                     stand_in = _traced(tracer, "call_function", function, function, always=always)
                     stand_ins[id(function)] = stand_in
                     stack.enter_context(mock.patch.object(owner, name, stand_in))

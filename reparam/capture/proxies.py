@@ -53,6 +53,10 @@ class UnfitError(Exception):
     """The model does something that no graph can hold; the message says what, and what to do instead."""
 
 
+class WrittenConstantError(UnfitError):
+    """The forward makes a tensor without the input, and writes to it: the graph has to make it in every call."""
+
+
 class _Readable:
     """A number made of sizes that is hashed or written out decides something: its value is asked for, and checked."""
 

@@ -15,6 +15,7 @@ import os
 import re
 import traceback
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,11 +28,11 @@ from torch.utils import _pytree as pytree
 
 from reparam.capture.agreement import answers_alike, answers_otherwise_again, graph_answers_as
 from reparam.capture.captured import Captured, Leaves
-from reparam.capture.copying import copied
+from reparam.capture.copying import copied, parameters_kept, twin_of
 from reparam.capture.exported import export
 from reparam.capture.facts import check_facts, facts_asked
 from reparam.capture.literals import note_exact
-from reparam.capture.proxies import UnfitError
+from reparam.capture.proxies import UnfitError, WrittenConstantError
 from reparam.capture.state import Memory, version
 from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
 from reparam.chance import Generators
@@ -106,13 +107,17 @@ def _check_tensors(model: nn.Module, inputs: Inputs) -> None:
 
 
 def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
+    real = False
     try:
         traced = _traced(model, inputs, leaves, compute=False)
     except ExecutionError:
         # A shape may depend on values (a selection by score): then every layer has to run.
         traced = _traced_or_explained(model, inputs, leaves)
     except Exception as error:
-        raise _capture_error(model, error) from error
+        found = _with_real_parameters(model, inputs, leaves, error)
+        if found is None:
+            raise _capture_error(model, error) from error
+        traced, real = found, True
     _restore_buffers(traced, model)
     about_state = _state_notes(model, inputs, traced)
     if not graph_answers_as(model, inputs, traced.root, traced.graph):
@@ -123,7 +128,7 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
         if not graph_answers_as(model, inputs, traced.root, traced.graph):
             raise CaptureError(f"{type(model).__name__} cannot be traced: its graph answers the example otherwise")
     _require_a_function(model, inputs, traced.graph)
-    note_exact(model, inputs, traced.root, traced.graph, traced.literals, partial(_graph_of, leaves=leaves))
+    note_exact(model, inputs, traced.root, traced.graph, traced.literals, partial(_graph_of, leaves=leaves, real=real))
     notes = (*_mode_notes(model), *_size_notes(traced), *_guards(traced.root, inputs), *about_state)
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
@@ -244,8 +249,10 @@ class _Traced:
     literals: tuple[str, ...]
 
 
-def _graph_of(model: nn.Module, inputs: Inputs, leaves: Leaves = Leaves()) -> tuple[nn.Module, fx.Graph]:
-    traced = _traced(model, inputs, leaves, compute=False)
+def _graph_of(
+    model: nn.Module, inputs: Inputs, leaves: Leaves = Leaves(), real: bool = False
+) -> tuple[nn.Module, fx.Graph]:
+    traced = _traced(model, inputs, leaves, compute=False, real=real)
     return traced.root, traced.graph
 
 
@@ -357,12 +364,40 @@ def _traced_or_explained(model: nn.Module, inputs: Inputs, leaves: Leaves) -> _T
         raise _capture_error(model, error) from error
 
 
-def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> _Traced:
+def _with_real_parameters(model: nn.Module, inputs: Inputs, leaves: Leaves, error: Exception) -> _Traced | None:
+    """Another trace, for code that trips over proxies of parameters: `np.flip(weight.numpy())`.
+
+    None if it fails as well, or if the error is none that this can help with.
+    """
+    if isinstance(error, (InputError, UnfitError)):
+        return None
+    try:
+        return _traced(model, inputs, leaves, compute=False, real=True)
+    except Exception:
+        return None
+
+
+def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool, real: bool = False) -> _Traced:
+    try:
+        return _traced_once(model, inputs, leaves, compute, real, makes_nodes=False)
+    except WrittenConstantError:
+        pass
+    try:  # a kernel made of parameters is then a constant like any other
+        return _traced_once(model, inputs, leaves, compute, real=True, makes_nodes=False)
+    except (WrittenConstantError, UnfitModelError):
+        return _traced_once(model, inputs, leaves, compute, real, makes_nodes=True)
+
+
+def _traced_once(
+    model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool, real: bool, makes_nodes: bool
+) -> _Traced:
     root = private_copy(model)
+    if real:
+        root = twin_of(root)  # what the forward does to the data of its parameters stays here
     memory = Memory(root)
     arguments = _bound(model, inputs.clone())
-    tracer = ValueTracer(root, arguments, _fixed(model, arguments), memory, compute, leaves)
-    with warnings.catch_warnings(), torch.no_grad():
+    tracer = ValueTracer(root, arguments, _fixed(model, arguments), memory, compute, leaves, makes_nodes, real)
+    with warnings.catch_warnings(), torch.no_grad(), parameters_kept(root) if real else nullcontext():
         warnings.simplefilter("ignore")
         graph = tracer.trace(root)
     # What fx itself has put there: tensors that the forward made without the input.
@@ -387,6 +422,8 @@ def _traced(model: nn.Module, inputs: Inputs, leaves: Leaves, compute: bool) -> 
 def _capture_error(model: nn.Module, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
+    if isinstance(error, WrittenConstantError):  # torch.export and Python itself may hold that
+        return CaptureError(f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}")
     if isinstance(error, UnfitError):
         return UnfitModelError(f"{type(model).__name__} cannot be traced: {_first_line(error)}{_at(error)}")
     return CaptureError(

@@ -28,10 +28,18 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from reparam.capture.arguments import check_arguments
-from reparam.capture.calls import always_draws, functions_of_numbers, traced_calls
+from reparam.capture.calls import always_draws, functions_of_numbers, is_factory, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
 from reparam.capture.exported import Origins
-from reparam.capture.proxies import READS, UnfitError, ValueProxy, is_argument, is_from_argument, user_line
+from reparam.capture.proxies import (
+    READS,
+    UnfitError,
+    ValueProxy,
+    WrittenConstantError,
+    is_argument,
+    is_from_argument,
+    user_line,
+)
 from reparam.capture.reading import ReadingTracer
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
@@ -94,6 +102,10 @@ class ValueTracer(fx.Tracer):
         memory: what the root holds before the trace.
         compute: whether to compute what `stand_in` knows the shape of.
         leaves: what not to look into.
+        makes_nodes: whether `torch.zeros(4)` becomes a node, so that what is written to it is a part of the graph; else
+            it is made once.
+        real: whether the forward gets parameters themselves, so that what it computes of them alone is computed once:
+            for code that takes no proxy of a parameter. Such code must be kept from writing to them.
 
     Attributes:
         written: storages (their addresses) that nodes of the graph write to.
@@ -110,6 +122,8 @@ class ValueTracer(fx.Tracer):
         memory: Memory,
         compute: bool = True,
         leaves: Leaves = Leaves(),
+        makes_nodes: bool = False,
+        real: bool = False,
     ) -> None:
         super().__init__(autowrap_functions=(*leaves.functions, *functions_of_numbers()))
         self._leaves = leaves.modules
@@ -135,6 +149,9 @@ class ValueTracer(fx.Tracer):
         self._memory = memory
         self._origins = Origins(root)
         self._parameters = {storage_of(parameter): name for name, parameter in root.named_parameters()}
+        self.makes_nodes = makes_nodes
+        self._real = real
+        self._made: dict[fx.Node, Any] = {}
         self._drew = False
         self._facts: list[tuple[Any, str | None]] = []
 
@@ -219,7 +236,9 @@ class ValueTracer(fx.Tracer):
         if self._drew or always_draws(target):
             node.meta["draws"] = True
         proxy.reparam_value = value
-        proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used))
+        if kind == "call_function" and not used and is_factory(target):
+            self._made[node] = value
+        proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used) or node in self._made)
         if _reads_sizes(kind, target, plain_args):
             self._size_reads.add(node)
         proxy.reparam_of_sizes = (of_sizes[0] or node in self._size_reads) and _is_of_numbers(value)
@@ -275,6 +294,8 @@ class ValueTracer(fx.Tracer):
             return attr_val
         name = self._names.get(id(attr_val))
         if name is None or not (isinstance(attr_val, nn.Parameter) or attr_val.dtype.is_floating_point):
+            return attr_val
+        if self._real and isinstance(attr_val, nn.Parameter):
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
@@ -362,10 +383,16 @@ class ValueTracer(fx.Tracer):
         check.node.meta["decides"] = what if decides else None
 
     def value_read(self, obj: Any) -> Any:
-        """The value of a proxy that depends on no activation; the trace depends on the constants in it."""
+        """The value of a proxy that depends on no activation; the trace depends on the constants in it.
+
+        Raises:
+            TraceError: what was written to one of them meanwhile may depend on an activation.
+        """
         pending, seen = [obj.node], set()
         while pending:
             node = pending.pop()
+            if node in self._made and storage_of(self._made[node]) in self.written:
+                raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
             if node.op == "get_attr":
                 self.read.add(str(node.target))
             seen.add(node)
@@ -508,7 +535,7 @@ class ValueTracer(fx.Tracer):
         for other, tensor in written:
             self.written.add(storage_of(tensor))
             if other.op == "get_attr" and other.target not in self._values:
-                raise UnfitError(
+                raise WrittenConstantError(
                     "a tensor that does not depend on the input is written to in place; make it from the input "
                     "(x.new_zeros), register it as a buffer, or write the sum out of place"
                 )
