@@ -278,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             save(args.out, rows, facts)
             print(
                 f"{row.kind} {row.depth} x {row.width}: ours {1e3 * row.ours:.0f} ms, "
-                f"theirs {1e3 * row.theirs:.0f} ms, extra memory {row.ours_extra} and {row.theirs_extra} bytes, weights {row.weights}",
+                f"theirs {1e3 * row.theirs:.0f} ms, "
+                f"extra memory {row.ours_extra} and {row.theirs_extra} bytes, weights {row.weights}",
                 flush=True,
             )
     except KeyboardInterrupt:
