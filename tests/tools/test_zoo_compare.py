@@ -113,6 +113,8 @@ def test_page() -> None:
     assert "- part: none here" in page
     wrong = replace(GOOD[0], errors={AUTHORS: 0.5})
     assert "3.00 (3.00-3.00) wrong" in markdown([wrong], FACTS)
+    chaotic = replace(GOOD[0], errors={AUTHORS: 0.5, OURS: 0.1})
+    assert "wrong" not in markdown([chaotic], FACTS).partition("## eager")[2]
 
 
 def test_saved_rows_come_back(tmp_path: Path) -> None:
