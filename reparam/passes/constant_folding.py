@@ -141,7 +141,7 @@ def _is_view(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return True
     if node.target is operator.getitem:
-        return not any(info(other) is not None for other in node.all_input_nodes[1:])
+        return not any(other.op == "get_attr" or info(other) is not None for other in node.all_input_nodes[1:])
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_function", "call_method") and name in _VIEWS
 

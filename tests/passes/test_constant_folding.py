@@ -64,6 +64,14 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
         X,
     ),
     "bias_table": (lambda: built(bias_table, table=nn.Parameter(torch.randn(25, 2)), index=INDEX), TOKENS),
+    "bias_table_by_columns": (
+        lambda: built(
+            lambda m, x: torch.softmax(x @ x.mT + m.table[:, m.index], -1) @ x,
+            table=nn.Parameter(torch.randn(2, 25)),
+            index=INDEX,
+        ),
+        TOKENS,
+    ),
     "small_network": (
         lambda: built(small_network, table=torch.randn(81, 2), a=nn.Linear(2, 8), b=nn.Linear(8, 1)),
         TOKENS,
