@@ -15,6 +15,7 @@ from reparam.passes.collapse import Collapse
 from reparam.passes.constant_folding import ConstantFolding
 from reparam.passes.cost import CostModel
 from reparam.passes.fixed_sizes import FixedSizes, KnownSizes
+from reparam.passes.hooked_weights import HookedWeights
 from reparam.passes.inference_form import InferenceForm
 from reparam.passes.join import Join
 from reparam.passes.moves import Moves
@@ -43,6 +44,7 @@ def pipeline(
     return (
         *((FixedSizes(),) if fixed_sizes else ()),  # before all that asks what is constant
         InferenceForm(),  # first: a dropout or identity between two layers hides that they are neighbours
+        HookedWeights(),  # a layer whose weight a hook computes is a layer like any other
         KnownSizes(),  # 1 / sqrt(q.shape[-1]) and its like are constants, as much as those of parameters
         Cleanup(final=False),  # so does an operation that returns what it reads
         Repeats(affine=False),  # two tensors that are one: their readers are neighbours then
@@ -63,7 +65,7 @@ def pipeline(
 
 PIPELINE = pipeline(CostModel())
 ASKING = (
-    *(Apart, BiasMaps, Cleanup, Collapse, ConstantFolding, FixedSizes, InferenceForm),
+    *(Apart, BiasMaps, Cleanup, Collapse, ConstantFolding, FixedSizes, HookedWeights, InferenceForm),
     *(Join, Moves, NormWeights, Repeats, Rounds, Scores),
 )
 """Passes that ask the ledger before each rewrite; any other one is asked for as a whole."""

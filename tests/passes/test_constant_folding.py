@@ -179,6 +179,35 @@ def test_kernels_that_people_compute_are_one_layer_s(name: str) -> None:
         assert relative_error(model(x), result.module(x)) < 1e-14
 
 
+HOOKS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm": torch.nn.utils.weight_norm,
+    "weight_norm_of_all": lambda layer: torch.nn.utils.weight_norm(layer, dim=None),
+    "spectral_norm": torch.nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", HOOKS)
+def test_weights_that_hooks_compute_are_computed_once(name: str) -> None:
+    torch.manual_seed(0)
+    parts = {"c": HOOKS[name](conv()), "n": nn.BatchNorm2d(4), "d": HOOKS[name](nn.ConvTranspose2d(4, 4, 2))}
+    model = built(lambda m, x: torch.tanh(m.d(F.relu(m.n(m.c(x))))), **parts)
+    with torch.no_grad():
+        for _ in range(20):  # spectral_norm looks for the largest singular value while the model trains
+            model.train()(X)
+    model.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for dtype in (torch.float64, torch.float32):
+        result = reparam.fuse(model.to(dtype), X.to(dtype))
+        assert result.report.undone == ()
+        assert result.report.after.batch_norms == 0
+        assert not any(module._forward_pre_hooks for module in result.module.modules())
+        held = {name: value.numel() for name, value in result.module.state_dict().items()}
+        assert held == {"c.weight": 144, "c.bias": 4, "d.weight": 64, "d.bias": 4}
+        assert relative_error(model(X.to(dtype)), result.module(X.to(dtype))) < (1e-14 if dtype.itemsize == 8 else 1e-5)
+    assert all(torch.allclose(value, before[key].to(value.dtype)) for key, value in model.state_dict().items())
+
+
 def test_in_float32_a_constant_is_rounded_once() -> None:
     torch.manual_seed(0)
     model = built(bias_table, table=nn.Parameter(torch.randn(25, 2)), index=INDEX).float()
