@@ -132,13 +132,24 @@ def _parts(path: str, before: Sequence[Entry], after: Sequence[Entry]) -> Parts:
     depth = len(path.split(".")) if path else 0
     parts: Parts = {}
     for side, entries in enumerate((before, after)):
+        names = [[*entry.node.module.split("."), ""][depth] if entry.node.module else "" for entry in entries]
         last = ""
-        for entry in entries:
-            names = entry.node.module.split(".") if entry.node.module else []
-            if len(names) > depth:
-                last = names[depth]
-                key = ("child", last)
-            else:
-                key = ("own", last)  # behind that child
+        for entry, child in zip(entries, names, strict=True):
+            last = child or last
+            key = ("child", child) if child else _run_behind(last, parts, set(names))
             parts.setdefault(key, ([], []))[side].append(entry)
     return parts
+
+
+def _run_behind(child: str, parts: Parts, present: set[str]) -> tuple[str, str]:
+    """The run of own operations behind a child, or the one behind children that are gone on this side."""
+    key = ("own", child)
+    order = list(parts)
+    if key in parts or ("child", child) not in parts:
+        return key
+    for kind, name in order[order.index(("child", child)) + 1 :]:
+        if kind == "own":
+            return kind, name
+        if name in present:
+            break
+    return key

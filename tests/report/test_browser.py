@@ -9,8 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from reparam.report import Report
+from reparam.report.format import duration
+from reparam.workflow import Request, run
+from tests.cli.test_fuse import network
 from tests.report.browser import CHROMIUM, Page, browser
 from tests.report.cases import FULL, graph, rewrite, timing
 from tests.report.test_facts import FACTS
@@ -201,6 +205,28 @@ def test_the_policy_would_stop_what_slipped_through(page: Page, tmp_path: Path) 
     page.run("new Promise((done) => setTimeout(done, 300))")
     assert page.run("window.hacked === undefined")
     assert any("Content Security Policy" in complaint for complaint in page.complaints)
+
+
+def test_the_report_of_a_real_run(page: Page, tmp_path: Path) -> None:
+    torch.save(network(), tmp_path / "net.pt")
+    file = tmp_path / "real.html"
+    report = run(Request(str(tmp_path / "net.pt"), inputs=("1x3x8x8",), bench_seconds=0.2, report=str(file)))
+    page.open(file, 390)
+    page.run(UNFOLD)
+    text = page.text()
+    assert report.comparison is not None
+    assert report.timing is not None
+    assert report.graph is not None
+    shown = [report.model, report.comparison.summary()[1:], *report.files.values(), *report.timing.verdicts.values()]
+    shown += [duration(seconds) for seconds in (*report.timing.medians.values(), *report.timing.p95s.values())]
+    shown += [node.detail for node in report.graph.after if node.detail]
+    assert [one for one in shown if " ".join(one.split()) not in text] == []
+    boxes = page.run(
+        "[...document.querySelectorAll('#graph .drawing')].map((one) => one.querySelectorAll('rect').length)"
+    )
+    assert boxes == [len(report.graph.before), len(report.graph.after)]
+    assert page.run(OVERFLOW) <= 0
+    assert (page.requests, page.complaints) == ([], [])
 
 
 def test_a_model_of_thousands_of_operations_can_be_unfolded(page: Page, tmp_path: Path) -> None:
