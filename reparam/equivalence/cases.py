@@ -3,7 +3,8 @@
 A plan is a list of slots in order of importance; a slot is a list of alternatives, of which the first that the original
 itself can run is used. Batch is dim 0, where all tensors with dims agree on its size; image sizes are dims 2 and on of
 floating-point tensors with at least three dims, and whether the model accepts another is found out by trying. Integers
-are drawn from the values that stand in the example; booleans and tensors without dims stay as they are.
+are drawn from the values that stand in the example, booleans put in another order once; else these, and tensors without
+dims, stay as they are. Other sizes of dim 1, channels or the length of a text, are not tried: exported files fix them.
 """
 
 from __future__ import annotations
@@ -108,10 +109,12 @@ def _thorough(make: _Maker) -> Iterator[Slot]:
             if make.batch:
                 batch = make.batch + 1
                 yield (make(f"random normal, other image size {number} and batch", _normal, 32 + number, sizes, batch),)
+    if make.masked:
+        yield (make("booleans in another order", _shuffled, 39),)
     if not make.floating:
         return
     for number, (name, fill) in enumerate(_CONTENTS.items()):
-        if fill is _borders and not make.spatial:
+        if fill in (_borders, _impulses) and not make.spatial:
             continue
         yield (make(name, fill, 40 + number),)
 
@@ -126,6 +129,7 @@ class _Maker:
         self.batch = sizes.pop() if vary_shapes and len(sizes) == 1 and all(t.numel() for t in tensors) else None
         self.floating = any(t.is_floating_point() for t in tensors)
         self.drawable = any(t.dtype != torch.bool and t.numel() for t in tensors)
+        self.masked = any(t.dtype == torch.bool and t.numel() > 1 for t in tensors)
         self.spatial = any(t.is_floating_point() and t.dim() >= 3 for t in tensors)
         self.elements = max(1, sum(t.numel() for t in tensors))
 
@@ -146,6 +150,8 @@ class _Maker:
                 return tensor
             if batch is not None:
                 tensor = tensor[torch.arange(batch, device=tensor.device) % tensor.shape[0]]
+            if fill is _shuffled:
+                return fill(tensor, tuple(tensor.shape), generator)
             if not tensor.is_floating_point():
                 return tensor if tensor.dtype == torch.bool or fill is not _normal else _redrawn(tensor, generator)
             shape = tuple(tensor.shape)
@@ -236,9 +242,38 @@ def _borders(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Gene
     return image
 
 
+def _impulses(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """One impulse for each channel, at a random place of the border; zero elsewhere; noise without borders."""
+    if len(shape) < 3:
+        return torch.randn(shape, generator=generator)
+    image = torch.zeros(shape)
+    flat = image.view(shape[0] * shape[1], *shape[2:])
+    for plane in flat:
+        place = [int(torch.randint(size, (), generator=generator)) for size in plane.shape]
+        axis = int(torch.randint(plane.dim(), (), generator=generator))
+        place[axis] = (0, plane.shape[axis] - 1)[int(torch.randint(2, (), generator=generator))]
+        plane[tuple(place)] = torch.randn((), generator=generator)
+    return image
+
+
+def _constants(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """A constant per channel, which all but padding leaves constant."""
+    return torch.randn(shape[:2] + (1,) * (len(shape) - 2), generator=generator).expand(shape).clone()
+
+
+def _shuffled(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """The booleans of a mask in another order; other tensors as they are."""
+    if tensor.dtype != torch.bool:
+        return tensor
+    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+    return tensor.flatten()[order].reshape(shape)
+
+
 _CONTENTS: dict[str, Fill] = {
     "uniform": _uniform,
     "borders and impulse": _borders,
+    "impulses at the border": _impulses,
+    "constants": _constants,
     "zeros": _zeros,
     "ones": _ones,
     "random normal times 100": _large,
