@@ -46,7 +46,7 @@ from benchmarks.zoo_latency import Candidate, listed  # noqa: E402
 from benchmarks.zoo_variants import Converted, convert, onnx_files, sessions  # noqa: E402
 from reparam.bench.machine import hardware_name  # noqa: E402
 from tools import timm_zoo  # noqa: E402
-from tools.record import engine_revision, first_line, write  # noqa: E402
+from tools.record import engine_revision, first_line, measured_before, write  # noqa: E402
 
 AUTHORS_JSON = ROOT / "tools" / "results" / "authors.json"
 FIRST = ("mobileone_s0", "repvgg_a0")
@@ -225,13 +225,7 @@ def load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Row]:
     Raises:
         ValueError: they were measured under other conditions.
     """
-    if not path.exists():
-        return {}
-    saved = json.loads(path.read_text())
-    before = saved["conditions"]
-    if differ := [f"{key} {before.get(key)}, now {wanted[key]}" for key in wanted if before.get(key) != wanted[key]]:
-        raise ValueError(f"{path} was measured with {'; '.join(differ)}: move it away, or pass --again all")
-    return {row["model"]: Row.from_dict(row) for row in saved["rows"]}
+    return {row["model"]: Row.from_dict(row) for row in measured_before(path, wanted)}
 
 
 def save(path: Path, rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:

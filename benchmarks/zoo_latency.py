@@ -39,7 +39,7 @@ from benchmarks.zoo_latency_table import COUNTS, Latency, Row, complaints, markd
 from reparam.bench.machine import hardware_name  # noqa: E402
 from reparam.export import OnnxSession, export_onnx  # noqa: E402
 from tools import timm_zoo  # noqa: E402
-from tools.record import engine_revision, first_line, write  # noqa: E402
+from tools.record import engine_revision, first_line, measured_before, write  # noqa: E402
 
 LIST = ROOT / "benchmarks" / "zoo_models.txt"
 LARGEST_IMAGE, MOST_PARAMETERS = 320, 100_000_000
@@ -100,7 +100,7 @@ def onnx_latency(model: nn.Module, fused: nn.Module, x: torch.Tensor, args: argp
     with tempfile.TemporaryDirectory() as folder:
         for name, module in (("original", model), ("fused", fused)):
             try:
-                path = export_onnx(module, x, Path(folder) / f"{name}.onnx").path
+                path = export_onnx(module, x, Path(folder) / f"{name}.onnx", verify="quick").path
                 sessions[name] = OnnxSession(path, threads=args.threads)
                 sessions[name](x)
             except Exception as error:
@@ -152,15 +152,7 @@ def load(out: Path, wanted: Mapping[str, Any]) -> dict[str, Row]:
     Raises:
         ValueError: they were measured under other conditions.
     """
-    path = out / "zoo_latency.json"
-    if not path.exists():
-        return {}
-    saved = json.loads(path.read_text())
-    differ = [f"{key} {saved['conditions'].get(key)}, now {wanted[key]}" for key in wanted
-              if saved["conditions"].get(key) != wanted[key]]  # fmt: skip
-    if differ:
-        raise ValueError(f"{path} was measured with {'; '.join(differ)}: move it away, or pass --again all")
-    return {row["model"]: Row.from_dict(row) for row in saved["rows"]}
+    return {row["model"]: Row.from_dict(row) for row in measured_before(out / "zoo_latency.json", wanted)}
 
 
 def save(out: Path, rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:

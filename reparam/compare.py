@@ -50,6 +50,7 @@ def verify_files(
     batches, notes = read(data, first if isinstance(first, nn.Module) else Named(first.names), inputs, limit=data_limit)
     tell("verifying")
     onnx = [one for one in (first, second) if isinstance(one, OnnxSession)]
+    open_in = [one.takes_other_sizes(in_call_order(one, inputs)) for one in onnx]
     asked64 = isinstance(first, OnnxSession) or level == "thorough"
     comparison = verify(
         first if isinstance(first, nn.Module) else elsewhere(first, inputs, source.seed),
@@ -57,7 +58,7 @@ def verify_files(
         inputs,
         level=level,
         seed=source.seed,
-        vary_shapes=all(one.takes_other_sizes(in_call_order(one, inputs)) for one in onnx),
+        vary_shapes="batch" if all(open_in) and "batch" in open_in else all(open_in),
         check_structure=not onnx,
         data=batches,
     )

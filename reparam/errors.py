@@ -37,11 +37,13 @@ class OtherInputError(ReparamError, ValueError):
 class NotEquivalentError(ReparamError):
     """The fused model does not compute what the original computes.
 
-    `report` is the full `reparam.Report`, so that the figures are not lost with the model.
+    `report` is the full `reparam.Report`, so that the figures are not lost with the model; `comparison` is that of an
+    ONNX file, where there is no such report.
     """
 
     exit_status = 1
 
-    def __init__(self, message: str, report: Any = None) -> None:
+    def __init__(self, message: str, report: Any = None, comparison: Any = None) -> None:
         super().__init__(message)
         self.report = report
+        self.comparison = comparison

@@ -32,7 +32,7 @@ def _exported(job: Job) -> Iterator[OnnxFile]:
     """The module as a file, for as long as the block runs."""
     with tempfile.TemporaryDirectory(prefix="reparam-") as folder:
         path = Path(folder) / "model.onnx"
-        yield export_onnx(job.module, job.inputs, path, dynamic_batch=False, dynamic_size=False)
+        yield export_onnx(job.module, job.inputs, path, dynamic_batch=False, dynamic_size=False, verify="quick")
 
 
 def _onnxruntime(provider: str) -> Backend:

@@ -15,6 +15,17 @@ from reparam.errors import InputError
 from reparam.inputs import Inputs
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+_ENDINGS = (
+    *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".pkl", ".model"),
+    *(".pt2", ".ts", ".jit", ".torchscript"),
+)
+
+
+def without_ending(name: str) -> str:
+    """The name of a model file without the endings that say its format: `net.pth.tar` is `net`."""
+    for ending in _ENDINGS:
+        name = name.removesuffix(ending) or name
+    return name
 
 
 @dataclass(frozen=True)

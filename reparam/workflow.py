@@ -24,15 +24,11 @@ from reparam.pipeline import FuseResult, fuse
 from reparam.places import publish, staging
 from reparam.report import Report, write_report
 from reparam.report.files import require_writable
-from reparam.source import Source
+from reparam.source import Source, without_ending
 from reparam.stages import Progress, Stages
-from reparam.written import is_open, verify_archive, verify_onnx
+from reparam.written import verify_archive
 
 _ENDINGS = {"onnx": ".onnx", "archive": ".pt2", "certificate": ".json"}
-_SUFFIXES = (
-    *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".pkl", ".model"),
-    *(".pt2", ".ts", ".jit", ".torchscript"),
-)
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ def _run(request: Request, progress: Progress | None) -> Report:
         environment={**result.report.environment, "inputs": ", ".join(map(str, specs)), "seed": str(request.seed)},
         notes=(*prepared, *result.report.notes),
     )
-    compared: dict[str, tuple[Comparison, bool]] = {}
+    compared: dict[str, tuple[Comparison, bool | str]] = {}
     marks = {WEIGHTS_KEY: weights_digest(result.module.state_dict())} if targets else {}
     with staging(targets) as folder:
         session: OnnxSession | None = None
@@ -158,15 +154,20 @@ def _run(request: Request, progress: Progress | None) -> Report:
                 compared["archive"] = (comparison, True)
                 report = replace(report, archive_comparison=comparison)
         if "onnx" in targets:
-            with stages("writing the ONNX file"), _explained(report):
-                file = export_onnx(result.module, inputs, folder / targets["onnx"].name, metadata=marks)
+            with stages("writing and checking the ONNX file"), _explained(report), _with_report(report):
+                file = export_onnx(
+                    *(result.module, inputs, folder / targets["onnx"].name),
+                    original=result.reference,
+                    verify=request.verify,
+                    seed=request.seed,
+                    data=batches if request.data is not None else None,
+                    metadata=marks,
+                )
                 session = OnnxSession(file.path, threads=torch.get_num_threads())
                 notes += [f"ONNX: {note}" for note in file.notes]
-            if request.verify != "off":
-                with stages("verifying the ONNX file"):
-                    comparison = verify_onnx(result.reference, session, file, inputs, *asked)
-                compared["onnx"] = (comparison, is_open(file, inputs))
-                report = replace(report, onnx_comparison=comparison)
+            if file.comparison is not None:
+                compared["onnx"] = (file.comparison, session.takes_other_sizes(list(inputs.tensors())))
+            report = replace(report, onnx_comparison=file.comparison)
         report = replace(report, notes=(*report.notes, *notes), seconds={**stages.seconds, **report.seconds})
         _require_equivalent(report)
         if request.bench:
@@ -205,7 +206,7 @@ def _evidence(
     report: Report,
     models: tuple[nn.Module, nn.Module],
     given: tuple[Inputs, tuple[str, ...], tuple[Batch, ...]],
-    compared: Mapping[str, tuple[Comparison, bool]],
+    compared: Mapping[str, tuple[Comparison, bool | str]],
 ) -> Evidence:
     inputs, sizes, data = given
     file = Path(request.path).expanduser()
@@ -232,13 +233,18 @@ def _require_equivalent(report: Report) -> None:
             "no file was written, pass --no-archive to write the ONNX file alone",
             report,
         )
-    comparison = report.onnx_comparison
-    if comparison is not None and not comparison.passed:
+
+
+@contextmanager
+def _with_report(report: Report) -> Iterator[None]:
+    """An ONNX file that does not agree, with what is known until then."""
+    try:
+        yield
+    except NotEquivalentError as error:
         raise NotEquivalentError(
-            f"the ONNX file does not agree with the original model: {comparison.summary().rstrip('.')}; "
-            "no file was written, pass --no-onnx to write the torch.export archive alone",
-            report,
-        )
+            f"{error}; no file was written, pass --no-onnx to write the torch.export archive alone",
+            replace(report, onnx_comparison=error.comparison),
+        ) from error
 
 
 def _measure(
@@ -285,9 +291,7 @@ def _output_paths(request: Request) -> dict[str, Path]:
     if request.out == "":
         raise InputError("--out is empty; give a folder, or a path without ending")
     source = Path(request.path).expanduser()
-    name = source.name
-    for suffix in _SUFFIXES:
-        name = name.removesuffix(suffix) or name
+    name = without_ending(source.name)
     prefix = source.parent / f"{name}.fused"
     if request.out is not None:
         out = Path(request.out).expanduser()

@@ -53,9 +53,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "capture": (),
     "data": ("reparam.capture.imports",),
     "equivalence": ("reparam.data",),
-    "export": (),
+    "export": ("reparam.data", "reparam.equivalence"),
     "bench": (),
-    "report": (*RESULT_VALUES, "reparam.certificate"),
+    "report": (*RESULT_VALUES, "reparam.certificate", "reparam.export.written"),
     "pipeline": tuple(
         f"reparam.{room}"
         for room in ("algebra", "graph", "passes", "capture", "data", "equivalence", "export", "bench", "report")
@@ -77,15 +77,16 @@ MAY_IMPORT["bench_files"] = (
 MAY_IMPORT["certificate"] = tuple(
     f"reparam.{room}" for room in ("bench", "capture", "data", "equivalence", "export", "report", "source")
 )
-MAY_IMPORT["written"] = ("reparam.capture", "reparam.data", "reparam.equivalence", "reparam.export")
+MAY_IMPORT["written"] = ("reparam.capture", "reparam.data", "reparam.equivalence")
 MAY_IMPORT["workflow"] = (
     *(*MAY_IMPORT["__init__"], "reparam", "reparam.certificate", "reparam.places", "reparam.source", "reparam.written"),
 )
+MAY_IMPORT["exporting"] = (*MAY_IMPORT["pipeline"], "reparam.pipeline", "reparam.source")
 MAY_IMPORT["opened"] = ("reparam.capture", "reparam.equivalence", "reparam.export", "reparam.source")
 MAY_IMPORT["compare"] = (*MAY_IMPORT["opened"], "reparam.certificate", "reparam.data", "reparam.opened")
 MAY_IMPORT["cli"] = (
     *MAY_IMPORT["workflow"],
-    *map("reparam.{}".format, ("bench_files", "compare", "source", "workflow")),
+    *map("reparam.{}".format, ("bench_files", "compare", "exporting", "source", "workflow")),
 )
 MAY_IMPORT["__main__"] = ("reparam.cli",)
 

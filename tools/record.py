@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "reparam"
@@ -17,6 +20,21 @@ def write(path: Path, text: str) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     draft.write_text(text)
     os.replace(draft, path)
+
+
+def measured_before(path: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run of a benchmark; none if there was none.
+
+    Raises:
+        ValueError: they were measured under other `conditions`.
+    """
+    if not path.exists():
+        return []
+    saved = json.loads(path.read_text())
+    before = saved["conditions"]
+    if differ := [f"{key} {before.get(key)}, now {wanted[key]}" for key in wanted if before.get(key) != wanted[key]]:
+        raise ValueError(f"{path} was measured with {'; '.join(differ)}: move it away, or pass --again all")
+    return list(saved["rows"])
 
 
 def first_line(error: BaseException) -> str:

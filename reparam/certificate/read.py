@@ -168,7 +168,9 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _comparison(plain: Mapping[str, Any], kind: str) -> dict[str, Any]:
     found = _dict(_dict(plain, "comparisons"), kind)
-    if found.get("passed") is not True or not isinstance(found.get("vary_shapes"), bool):
+    if found.get("passed") is not True or not (
+        isinstance(found.get("vary_shapes"), bool) or found.get("vary_shapes") == "batch"
+    ):
         raise _WrongError(f"comparisons.{kind} does not say that the file passed")
     cases = found.get("cases")
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):

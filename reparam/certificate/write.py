@@ -47,7 +47,7 @@ class Evidence:
     inputs: Inputs
     specs: Sequence[str]
     data: tuple[Batch, ...]
-    compared: Mapping[str, tuple[Comparison, bool]]
+    compared: Mapping[str, tuple[Comparison, bool | str]]
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ import click
 
 from reparam import __version__
 from reparam.cli.bench import bench_command
+from reparam.cli.export import export_command
 from reparam.cli.fuse import fuse_command
 from reparam.cli.verify import verify_command
 
@@ -21,5 +22,5 @@ def main() -> None:
     """Turns trained PyTorch models into their inference form, and proves by measurement that nothing changed."""
 
 
-for command in (fuse_command, verify_command, bench_command):
+for command in (fuse_command, verify_command, bench_command, export_command):
     main.add_command(command)

@@ -83,14 +83,16 @@ def print_error(error: ReparamError, *, form: str, verbose: bool) -> None:
     if report is not None:
         print_report(report, form=form, verbose=verbose, error=str(error), exit_status=error.exit_status)
     else:
-        _print_failure(str(error), error.exit_status, form)
+        compared = getattr(error, "comparison", None)
+        more = {} if compared is None else {"comparison": compared.to_dict()}
+        _print_failure(str(error), error.exit_status, form, **more)
     click.echo(f"reparam: error: {error}", err=True)
 
 
-def _print_failure(message: str, exit_status: int, form: str) -> None:
+def _print_failure(message: str, exit_status: int, form: str, **more: Any) -> None:
     """A failure as the document that was asked for; text is left to standard error."""
     if form == "json":
-        click.echo(json.dumps({"error": message, "exit_status": exit_status}, indent=2))
+        click.echo(json.dumps({"error": message, "exit_status": exit_status, **more}, indent=2))
     elif form == "markdown":
         from reparam.report.markdown import escaped
 

@@ -54,10 +54,13 @@ class Case:
 Slot = tuple[Case, ...]
 
 
-def plan(inputs: Inputs, level: str, seed: int, vary_shapes: bool = True, data: Sequence[Batch] = ()) -> Iterator[Slot]:
+def plan(
+    inputs: Inputs, level: str, seed: int, vary_shapes: bool | str = True, data: Sequence[Batch] = ()
+) -> Iterator[Slot]:
     """The slots of a level, most important first; all with the example's shapes if these must not vary.
 
     Args:
+        vary_shapes: "batch" varies the batch alone.
         data: what the user gave besides; it comes last.
 
     Raises:
@@ -122,7 +125,7 @@ def _thorough(make: _Maker) -> Iterator[Slot]:
 class _Maker:
     """Makes cases from the example; the facts about it that decide which cases there can be."""
 
-    def __init__(self, inputs: Inputs, seed: int, vary_shapes: bool) -> None:
+    def __init__(self, inputs: Inputs, seed: int, vary_shapes: bool | str) -> None:
         self.inputs, self.seed, self.vary_shapes = inputs, seed, vary_shapes
         tensors = [tensor for tensor in inputs.tensors() if tensor.dim()]
         sizes = {tensor.shape[0] for tensor in tensors}
@@ -176,7 +179,7 @@ class _Maker:
         return {size: _odd(size + 2) for size in self._sizes()} or None
 
     def _sizes(self) -> set[int]:
-        if not self.vary_shapes:
+        if self.vary_shapes is not True:
             return set()
         images = [t for t in self.inputs.tensors() if t.is_floating_point() and t.dim() >= 3]
         return {size for image in images for size in image.shape[2:]}

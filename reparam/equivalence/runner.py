@@ -27,7 +27,7 @@ from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules,
 from reparam.equivalence.metrics import distinct_values
 from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.parting import parting
-from reparam.equivalence.precision import deployment_dtype, first_line, rounding_failures, run
+from reparam.equivalence.precision import PrivateCopy, deployment_dtype, first_line, rounding_failures, run
 from reparam.equivalence.session import Asked, Elsewhere, Session, session_of
 from reparam.errors import InputError, OtherInputError
 from reparam.inputs import ExampleInputs, Inputs
@@ -45,7 +45,8 @@ def verify(
     noise_factor: float = NOISE_FACTOR,
     algebra_tolerance: float = ALGEBRA_TOLERANCE,
     candidate_float64: nn.Module | None = None,
-    vary_shapes: bool = True,
+    deployed: nn.Module | None = None,
+    vary_shapes: bool | str = True,
     check_dtypes: bool = True,
     check_structure: bool = True,
     only: frozenset[str] | None = None,
@@ -75,7 +76,10 @@ def verify(
         candidate_float64: the candidate before its weights were rounded to the deployment dtype. With it the algebra
             is held to `algebra_tolerance` alone, and the candidate's weights must be its weights rounded once.
             Without it a candidate in a narrower dtype is also allowed what rounding its changed weights explains.
-        vary_shapes: False keeps to the example's shapes, for a candidate that was made for these alone.
+        deployed: the original as it is deployed, where that is in a narrower dtype than its own: its noise against the
+            float64 truth of `original` is what is allowed.
+        vary_shapes: False keeps to the example's shapes, for a candidate that was made for these alone; "batch" varies
+            the batch alone.
         only: names of the cases to run besides the example; None for all.
         check_dtypes, check_structure: whether the candidate must return the original's dtypes and containers.
         find_parting: whether, if they do not agree and both are modules, the first tensor is looked for that only the
@@ -92,11 +96,16 @@ def verify(
             from elsewhere than torch, so that no seed repeats its answers.
     """
     inputs = Inputs.of(example_inputs)
-    dtype = original.dtype if isinstance(original, Elsewhere) else deployment_dtype(original, inputs)
+    if deployed is not None:
+        dtype = deployment_dtype(deployed, inputs)
+    else:
+        dtype = original.dtype if isinstance(original, Elsewhere) else deployment_dtype(original, inputs)
     runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module))
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = session_of(original, candidate, candidate_float64, rules, seed)
     session.spent = spent
+    if deployed is not None:
+        session.original = PrivateCopy(deployed, "original")
     misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
     ran, given = [], {}
     batches, prepared = read(data, original, inputs, limit=data_limit)

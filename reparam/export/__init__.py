@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from reparam.export.archive import export_archive
-from reparam.export.onnx import OnnxFile, export_onnx
+from reparam.export.onnx import export_onnx
 from reparam.export.runtime import OnnxSession, UnsupportedByRuntimeError
 from reparam.export.specs import OnnxInput, onnx_inputs
 from reparam.export.wide import OnnxWeights
+from reparam.export.written import OnnxFile
 
 __all__ = [
     "OnnxFile",

@@ -40,11 +40,12 @@ class Checked:
     notes: tuple[str, ...] = ()
 
 
-def check_file(path: Path, module: nn.Module, answers: Sequence[Probe]) -> Checked:
+def check_file(path: Path, module: nn.Module, answers: Sequence[Probe], dtype: torch.dtype | None = None) -> Checked:
     """onnx.checker with full shape inference, then a run at every size in `answers`, which are those of `module`.
 
     The run shows gross faults: what is allowed is coarse, and where even that is exceeded, four times the module's own
-    rounding error, as random or badly conditioned weights can make it large.
+    rounding error, as random or badly conditioned weights can make it large. Where the answers come from `module` in a
+    narrower dtype, `dtype` is that one, whatever dtype they came out in.
 
     Raises:
         ExportError: the file is invalid, or disagrees with the module.
@@ -56,9 +57,9 @@ def check_file(path: Path, module: nn.Module, answers: Sequence[Probe]) -> Check
         return Checked(False, (f"not checked by running it: {error}",))
     for probe in answers:
         got = session.run_flat(list(probe.inputs.tensors()))
-        difference = disagreement(got, probe.outputs)
+        difference = disagreement(got, probe.outputs, dtype=dtype)
         if difference:
-            difference = disagreement(got, probe.outputs, rounding_of(module, probe))
+            difference = disagreement(got, probe.outputs, rounding_of(module, probe), dtype)
         if difference:
             sizes = ", ".join("x".join(map(str, t.shape)) for t in probe.inputs.tensors())
             raise ExportError(f"the ONNX file disagrees with the module on an input of size {sizes}: {difference}")
@@ -124,12 +125,16 @@ def rounding_of(module: nn.Module, probe: Probe) -> list[float]:
 
 
 def disagreement(
-    got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], noise: Sequence[float] | None = None
+    got: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    noise: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """How two lists of tensors differ beyond rounding, as a phrase; empty if they do not.
 
     Args:
         noise: for each tensor what rounding alone made of the expected one, if that is known.
+        dtype: what was computed in; None where that is the dtype of the tensors.
     """
     if len(got) != len(expected):
         return f"{len(got)} outputs instead of {len(expected)}"
@@ -153,53 +158,7 @@ def disagreement(
             return f"output {number} is infinite or not a number in other places"
         scale = y[finite].abs().max().item() if finite.any() else 0.0
         error = (x[finite] - y[finite]).abs().max().item() if finite.any() else 0.0
-        allowed = COARSE.get(b.dtype, 1e-3) * max(scale, torch.finfo(b.dtype).tiny)
+        allowed = COARSE.get(dtype or b.dtype, 1e-3) * max(scale, torch.finfo(b.dtype).tiny)
         if error > max(allowed, 0.0 if noise is None else NOISE_MARGIN * noise[number]):
             return f"output {number} is off by {error:.3g} where the largest value is {scale:.3g}"
     return ""
-
-
-def simplified(
-    path: Path, module: nn.Module, answers: Sequence[Probe], weights: Mapping[str, torch.Tensor]
-) -> tuple[onnx.ModelProto | None, str]:
-    """onnxsim's simplification of the file, written over it if it has fewer nodes, is valid and agrees.
-
-    Returns:
-        The model that replaced the file, or None and (unless there was simply nothing to gain) a sentence why.
-    """
-    import onnx
-
-    original = onnx.load(str(path))
-    try:
-        import onnxsim
-    except ModuleNotFoundError:
-        return None, "not simplified: onnxsim is not installed"
-    candidate = path.with_name(path.name + ".simplified")
-    try:
-        with quiet():
-            model, _ = onnxsim.simplify(original)
-            if len(model.graph.node) >= len(original.graph.node):
-                return None, ""
-            onnx.save_model(model, str(candidate))
-        if _interface(model) != _interface(original):
-            return None, "not simplified: onnxsim changed the inputs, the outputs or their axes"
-        check_weights(onnx.load(str(candidate)), weights)
-        check_file(candidate, module, answers)
-        candidate.replace(path)
-        return model, ""
-    except Exception as error:  # whatever is wrong with the simplification, the plain file stands
-        return None, f"not simplified: onnxsim's result was dropped, {reason(error)}"
-    finally:
-        candidate.unlink(missing_ok=True)
-
-
-def _interface(model: onnx.ModelProto) -> list[tuple[str, int, tuple[str, ...]]]:
-    """Names, element types and axes of the inputs and outputs."""
-    return [
-        (
-            value.name,
-            value.type.tensor_type.elem_type,
-            tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim),
-        )
-        for value in [*model.graph.input, *model.graph.output]
-    ]

@@ -99,7 +99,7 @@ def trace(module: nn.Module, inputs: Inputs, freedom: Freedom, name: str = "") -
             return torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ExportError(
-            f"torch.export cannot capture {name or type(module).__name__}: {reason(error)}{_source(error)}"
+            f"torch.export cannot capture {name or type(module).__name__}: {reason(error)}{source_line(error)}"
         ) from error
 
 
@@ -116,7 +116,7 @@ class _Patience(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _source(error: BaseException) -> str:
+def source_line(error: BaseException) -> str:
     """The last line of the model's own code in the traceback, as ` (file.py:line)`."""
     found = ""
     traceback = deepest(error).__traceback__

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from reparam.errors import ExportError
 from reparam.export.attention import FourAxes
+from reparam.export.place import place
 from reparam.export.program import argument_names, axis_names, in_call_order, open_axes, range_notes, trace
 from reparam.export.runtime import CALL_KEY, fixed_values
 from reparam.export.shapes import Freedom, tensor_leaves
@@ -31,7 +32,10 @@ BFLOAT16_OPSET = 22
 
 @dataclass(frozen=True)
 class Plan:
-    """What to build: a private copy of the module, its example, the names, the opset and the user's metadata."""
+    """What to build: a private copy of the module, its example, the names, the opset and the user's metadata.
+
+    `prefix` is what stands before the names of the module's own weights, where it wraps the module of the user.
+    """
 
     module: nn.Module
     inputs: Inputs
@@ -39,6 +43,7 @@ class Plan:
     output_names: tuple[str, ...]
     opset: int | None
     metadata: Mapping[str, str]
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def build(plan: Plan, freedom: Freedom) -> Built:
     axes = open_axes(program)
     readable = axis_names(tensors, names, axes)
     _rename_axes(proto, readable)
-    _strip_prefix(proto, "module.")
+    _strip_prefix(proto, f"module.{plan.prefix}")
     _describe(proto, plan, names)
     dynamic = {
         name: {axis: readable.get(symbol, symbol) for axis, symbol in varying.items()}
@@ -127,52 +132,76 @@ def _translate(plan: Plan, program: torch.export.ExportedProgram, names: list[st
             assert exported is not None
             # The exporter's own optimisation may put a constant behind its first reader.
             exported.model.graph.sort()
+            _without_copies(exported.model)
             proto: onnx.ModelProto = exported.model_proto
     except ModuleNotFoundError as error:
         raise ExportError(
             f"ONNX export needs the package {error.name}; install it with `pip install {error.name}`"
         ) from error
     except Exception as error:
-        raise _untranslatable(program, error) from error
+        raise _untranslatable(program, error, plan) from error
     got = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     if plan.opset is not None and got != plan.opset:
-        raise _hopeless(
+        raise hopeless(
             f"opset {plan.opset} is not possible for this model, the exporter stays at {got}; choose {got} or none"
         )
     return proto
 
 
-def _hopeless(message: str) -> ExportError:
+def _without_copies(model: Any) -> None:
+    """Removes Identity nodes, but for those that an output needs, to have a name of its own."""
+    from onnx_ir.convenience import replace_all_uses_with
+
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Identity" or node.domain not in ("", "ai.onnx"):
+            continue
+        source, copied = node.inputs[0], node.outputs[0]
+        if copied.is_graph_output():
+            outputs = node.graph.outputs
+            if source.producer() is None or source.is_graph_output() or source.graph is not node.graph:
+                continue
+            replace_all_uses_with(copied, source)
+            outputs[:] = [source if value is copied else value for value in outputs]
+            copied.name, source.name = source.name, copied.name
+        else:
+            replace_all_uses_with(copied, source)
+        node.graph.remove(node, safe=True)
+
+
+def hopeless(message: str) -> ExportError:
+    """An error that other axes would not help."""
     error = ExportError(message)
     error.hopeless = True  # type: ignore[attr-defined]
     return error
 
 
-def _untranslatable(program: torch.export.ExportedProgram, error: BaseException) -> ExportError:
+def _untranslatable(program: torch.export.ExportedProgram, error: BaseException, plan: Plan) -> ExportError:
     """One sentence that names the operator, the module it is called in and the source line, as far as known."""
     text = str(deepest(error))
     match = re.search(r"OpOverload\(op='(\w+)\.(\w+)'", text)
     if match is None:
-        return ExportError(f"the ONNX exporter fails: {reason(error)}")
+        return ExportError(f"the ONNX exporter fails{_at_node(program, error, plan)}: {reason(error)}")
     operator = match.group(2)
-    place = ""
+    where = ""
     for node in program.graph.nodes:
         if node.op == "call_function" and operator.strip("_") in str(node.target):
-            place = _place(node)
+            where = place(node, plan.module, f"module.{plan.prefix}")
             break
-    return _hopeless(
-        f"operator {match.group(1)}::{operator}{place} has no ONNX form; replace it, or write a .pt2 archive instead"
+    return hopeless(
+        f"operator {match.group(1)}::{operator}{where} has no ONNX form; replace it, or write a .pt2 archive instead"
     )
 
 
-def _place(node: Any) -> str:
-    """` in layer2.attention (net.py:41)` from a node's metadata."""
-    stack = [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
-    module = stack[-1].removeprefix("module").removeprefix(".") if stack else ""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(file, line) for file, line in lines if "/torch/" not in file]
-    source = f" ({own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]})" if own else ""
-    return f" in {module or 'the model itself'}{source}"
+def _at_node(program: torch.export.ExportedProgram, error: BaseException, plan: Plan) -> str:
+    """` on aten.histc in head.1 (net.py:12)`, where some error of the chain says which node was being translated."""
+    step: BaseException | None = error
+    while step is not None:
+        match = re.search(r"translating node %?(\w+)", str(step))
+        for node in program.graph.nodes if match else ():
+            if match and node.name == match.group(1):
+                return f" on {str(node.target).rpartition('.')[0]}{place(node, plan.module, f'module.{plan.prefix}')}"
+        step = step.__cause__
+    return ""
 
 
 def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:

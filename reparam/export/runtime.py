@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
@@ -82,20 +82,30 @@ class OnnxSession:
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
     @property
+    def returns_a_list(self) -> bool:
+        """Whether a call returns a list of tensors, and not the containers of the module that was exported."""
+        return self._structure is None
+
+    @property
     def takes_names(self) -> bool:
         """Whether a call may give the tensors by the names of the inputs."""
         return self._arguments == self._names
 
-    def takes_other_sizes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the file leaves every axis but the channels open, for tensors given in the order of a call."""
+    def takes_other_sizes(self, tensors: Sequence[torch.Tensor]) -> bool | Literal["batch"]:
+        """Whether the file leaves every axis but the channels open, for tensors given in the order of a call.
+
+        Returns:
+            "batch" if axis 0 is open in all of them, and another axis in not all.
+        """
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
-        return all(
-            not isinstance(shapes[name][axis], int)
+        fixed = {
+            axis
             for name, tensor in zip(self._names, tensors, strict=False)
             if name in shapes and len(shapes[name]) == tensor.ndim
             for axis in range(tensor.ndim)
-            if axis != 1
-        )
+            if axis != 1 and isinstance(shapes[name][axis], int)
+        }
+        return not fixed if 0 in fixed or not fixed else "batch"
 
     def run_flat(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Runs the file on tensors in the order in which the exported call had them.

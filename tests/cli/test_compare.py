@@ -60,6 +60,16 @@ def test_the_same_model_in_two_formats(files: dict[str, Path], original: str, ca
     assert f"{files[candidate]}: equivalent on" in result.stdout
 
 
+def test_a_file_whose_batch_alone_is_open_is_compared_at_another_batch(files: dict[str, Path], tmp_path: Path) -> None:
+    model = torch.load(files["model.pt"], weights_only=False)
+    export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path / "batch.onnx", dynamic_size=False)
+    result = invoke("verify", files["model.pt"], tmp_path / "batch.onnx", *INPUT, "--json")
+    assert result.exit_code == 0, result.output
+    shapes = {tuple(case["shapes"][0]) for case in json.loads(result.stdout)["cases"] if case["status"] == "passed"}
+    assert {shape[0] for shape in shapes} == {1, 2}
+    assert {shape[2:] for shape in shapes} == {(8, 8)}
+
+
 OTHERS = [("model.pt", "other.pt"), ("model.pt2", "other.onnx"), ("model.ts", "other.pt")]
 
 

@@ -185,7 +185,7 @@ def test_nothing_is_left_when_the_onnx_file_disagrees(model_file: Path, monkeypa
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return super().__call__(*args, **kwargs) * 1.001
 
-    monkeypatch.setattr(workflow, "OnnxSession", Wrong)
+    monkeypatch.setattr("reparam.export.staged.OnnxSession", Wrong)
     (model_file.parent / "net.fused.onnx").write_bytes(b"of an earlier run")
     result = invoke(model_file, *QUICK, "--json")
     assert result.exit_code == 1

@@ -102,10 +102,45 @@ class Decomposition(nn.Module):
         return torch.linalg.svd(x)[1]
 
 
+class QR(nn.Module):
+    """An operator that ONNX does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.qr(x)[0]
+
+
+class Eigenvalues(nn.Module):
+    """An operator that ONNX does not have, and its result is complex."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvals(x).real
+
+
+class Pyramid(nn.Module):
+    """Adaptive pooling to sizes that do not divide the input's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_max_pool2d(x, (3, 5))
+
+
+class Bessel(nn.Module):
+    """A function that torch traces to an operator of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+class Histogram(nn.Module):
+    """An operator that the exporter knows, but not with these arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.histc(x, 10)
+
+
 class Unsupported(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, last: nn.Module | None = None) -> None:
         super().__init__()
-        self.head = nn.Sequential(nn.Conv2d(3, 3, 1), Decomposition())
+        self.head = nn.Sequential(nn.Conv2d(3, 3, 1), Decomposition() if last is None else last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x)
