@@ -90,7 +90,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         NotEquivalentError: the fused model or its ONNX file does not agree with the original. No model was written;
             the error carries the report.
     """
-    target = None if request.report is None else require_writable(request.report)
+    target = _report_path(request)
     try:
         report = _run(request, progress)
     except NotEquivalentError as error:
@@ -98,6 +98,21 @@ def run(request: Request, progress: Progress | None = None) -> Report:
             error.report = _reported(error.report, target)
         raise
     return report if target is None else _reported(report, target)
+
+
+def _report_path(request: Request) -> Path | None:
+    """Where the report is written, None for nowhere.
+
+    Raises:
+        InputError: nothing can be written there, or it is the model file itself.
+    """
+    if request.report is None:
+        return None
+    target = require_writable(request.report)
+    source = Path(request.path).expanduser()
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InputError(f"{target} is the model file itself; choose another place for the report")
+    return target
 
 
 def _reported(report: Report, target: Path) -> Report:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from reparam.report.format import capital, count, duration, operation_rows
+from reparam.report.tables import comparisons
+from reparam.report.tables import timings as measurements
 
 if TYPE_CHECKING:
     from reparam.bench import Timing
@@ -56,20 +58,12 @@ def _changed(report: Report) -> str:
 
 
 def _equal(report: Report) -> str:
-    made = [
-        f"{subject}: {comparison.summary()}"
-        for subject, comparison in (
-            ("Fused model", report.comparison),
-            ("Archive", report.archive_comparison),
-            ("ONNX file", report.onnx_comparison),
-        )
-        if comparison is not None
-    ]
+    made = [f"{capital(subject)}: {comparison.summary()}" for subject, comparison in comparisons(report)]
     return " ".join(made) or "Nothing was compared with the original: verification was off."
 
 
 def _faster(report: Report) -> str:
-    timings = [timing for timing in (report.timing, report.onnx_timing) if timing is not None]
+    timings = [timing for _, timing in measurements(report)]
     found = [sentence for timing in timings for sentence in speed_sentences(timing)]
     doubts = sum(len(timing.warnings) for timing in timings)
     if found and doubts:
@@ -78,7 +72,7 @@ def _faster(report: Report) -> str:
 
 
 def _speed(report: Report) -> tuple[str, str, str]:
-    timings = [timing for timing in (report.timing, report.onnx_timing) if timing is not None]
+    timings = [timing for _, timing in measurements(report)]
     ratios = [pair for timing in timings for pair in timing.ratios.items()]
     label, best = max(ratios, key=lambda pair: pair[1].low, default=("", None))
     if best is None:
@@ -103,6 +97,6 @@ def _partial(report: Report) -> str:
     if not report.partial:
         return ""
     doing = report.interrupted or "measuring latency"
-    rounds = [timing.runs for timing in (report.timing, report.onnx_timing) if timing is not None]
+    rounds = [timing.runs for _, timing in measurements(report)]
     kept = f"{sum(rounds)} complete rounds were kept" if sum(rounds) else "no round was complete"
     return f"Partial: interrupted while {doing}; {kept}. Everything else is complete."

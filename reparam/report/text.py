@@ -26,7 +26,7 @@ from reparam.report.format import (
     undone_lines,
 )
 from reparam.report.headline import headline
-from reparam.report.tables import environment_rows, remarks
+from reparam.report.tables import comparisons, environment_rows, remarks
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -188,13 +188,8 @@ def render_timing(timing: Timing, console: Console) -> None:
 
 def _equivalence(report: Report, verbose: bool = False) -> list[RenderableType]:
     lines: list[RenderableType] = []
-    for subject, comparison in (
-        ("fused model", report.comparison),
-        ("archive", report.archive_comparison),
-        ("ONNX file", report.onnx_comparison),
-    ):
-        if comparison is not None:
-            lines += _comparison(subject, comparison, verbose)
+    for subject, comparison in comparisons(report):
+        lines += _comparison(subject, comparison, verbose)
     return lines
 
 

@@ -49,7 +49,9 @@ def test_the_ending_says_the_form(model_file: Path, ending: str) -> None:
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-BAD = [("out.txt", "use .html, .md or .json"), ("folder.html", "is a folder"), ("net.pt/out.html", "cannot be written")]
+BAD = [("out.txt", "use .html, .md or .json"), ("folder.html", "is a folder"), ("net.pt/out.html", "cannot be written"),
+       ("net.fused.json", "is where the net.fused.json of this run goes"),
+       ("link.html", "is the model file itself")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "message"), BAD)
@@ -57,11 +59,12 @@ def test_a_bad_place_is_said_before_the_work_begins(
     model_file: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     (model_file.parent / "folder.html").mkdir()
+    (model_file.parent / "link.html").symlink_to(model_file)
     monkeypatch.setattr(workflow, "fuse", None)
     result = invoke("fuse", model_file, *QUICK, "--report", model_file.parent / name)
     assert result.exit_code == 2
     assert message in result.stderr
-    assert sorted(path.name for path in model_file.parent.iterdir()) == ["folder.html", "net.pt"]
+    assert sorted(path.name for path in model_file.parent.iterdir()) == ["folder.html", "link.html", "net.pt"]
 
 
 def test_a_report_is_written_of_what_failed(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
