@@ -675,7 +675,7 @@ def test_sabotage_sign_and_shift(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert moved(result) == 1
     assert relative_error(run(model, x), result.module(x)) > 1e-3
     with pytest.raises(reparam.NotEquivalentError):
-        reparam.fuse(model, x)
+        reparam.fuse(model, x, strict=True)
 
 
 def test_sabotage_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -708,7 +708,7 @@ def test_sabotage_rounded_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reparam.fuse(model, x).report.comparison is not None
     monkeypatch.setattr("reparam.graph.lift._unrounded", module_of)
     with pytest.raises(reparam.NotEquivalentError):
-        reparam.fuse(model, x)
+        reparam.fuse(model, x, strict=True)
 
 
 def test_sabotage_rounded_constants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,7 +718,7 @@ def test_sabotage_rounded_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reparam.fuse(model, x).report.comparison is not None
     monkeypatch.setattr("reparam.graph.constants._unrounded", lambda node, value: value)
     with pytest.raises(reparam.NotEquivalentError):
-        reparam.fuse(model, x)
+        reparam.fuse(model, x, strict=True)
 
 
 # --- one by one
