@@ -43,6 +43,7 @@ class Format(Enum):
     EXPORT_ARCHIVE = "torch.export archive"
     TORCHSCRIPT = "TorchScript archive"
     ONNX = "ONNX file"
+    SHARDS = "index of a checkpoint in several files"
 
 
 def identify(path: Path) -> Format:
@@ -62,6 +63,8 @@ def identify(path: Path) -> Format:
         return Format.SAFETENSORS
     if _looks_like_onnx(head):
         return Format.ONNX
+    if head.lstrip()[:1] == b"{" and _is_index(path):
+        return Format.SHARDS
     raise InputError(f"{path} is {_describe(head)}; reparam reads files of torch.save and safetensors")
 
 
@@ -81,13 +84,28 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _files_in(folder: Path) -> str:
-    endings = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
+def _is_index(path: Path) -> bool:
+    """Whether a text says which file each weight is in: `{"weight_map": {"conv.weight": "model-1.safetensors"}}`."""
+    if path.stat().st_size > _MAX_SAFETENSORS_HEADER:
+        return False
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(endings))
+        found = json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return isinstance(found, dict) and bool(found) and all(isinstance(name, str) for name in found.values())
+
+
+def _files_in(folder: Path) -> str:
+    endings = (".index.json", ".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
+    try:
+        names = sorted((entry.name for entry in folder.iterdir() if entry.name.endswith(endings)), key=_index_first)
     except OSError:
         return ""
     return f", such as {', '.join(names[:3])}" if names else ""
+
+
+def _index_first(name: str) -> tuple[bool, str]:
+    return not name.endswith(".index.json"), name
 
 
 def _similar(path: Path) -> str:

@@ -25,6 +25,7 @@ from reparam.capture.formats import Format, identify
 from reparam.capture.imports import printable
 from reparam.capture.pickles import read_pickle
 from reparam.capture.scripts import load_script
+from reparam.capture.shards import read_shards
 from reparam.errors import InputError
 
 _WHOLE = {Format.EXPORT_ARCHIVE: "torch.export archive", Format.TORCHSCRIPT: "TorchScript archive"}
@@ -44,9 +45,10 @@ def load(
     """Loads a trained model in eval mode. The format is told from the file's content.
 
     Taken are files of `torch.save` (a whole model, a state dict, or a training checkpoint with either in it),
-    safetensors, archives of `torch.export.save` (a graph module is made of them, which has its example inputs with it)
-    and TorchScript archives (which stay a `ScriptModule`; `fuse` converts it). No file runs code: a pickle may name
-    torch's own layers and what `allow_classes` adds, nothing else, and archives hold what is known to be harmless.
+    safetensors, the index of a checkpoint in several of these, archives of `torch.export.save` (a graph module is made
+    of them, which has its example inputs with it) and TorchScript archives (which stay a `ScriptModule`; `fuse`
+    converts it). No file runs code: a pickle may name torch's own layers and what `allow_classes` adds, nothing else,
+    and archives hold what is known to be harmless.
 
     Args:
         path: the file.
@@ -100,12 +102,13 @@ def _load(
         if file_format is Format.EXPORT_ARCHIVE:
             return load_archive(file, trusted=allow_pickle)
         return load_script(file, trusted=allow_pickle)
-    if file_format is Format.SAFETENSORS:
-        content: Any = read_safetensors(file, map_location)
-    else:
-        content = read_pickle(
-            file, file_format, allow_classes=allow_classes, allow_pickle=allow_pickle, map_location=map_location
-        )
+
+    def read(part: Path, its: Format) -> Any:
+        if its is Format.SAFETENSORS:
+            return read_safetensors(part, map_location)
+        return read_pickle(part, its, allow_classes=allow_classes, allow_pickle=allow_pickle, map_location=map_location)
+
+    content = read_shards(file, read) if file_format is Format.SHARDS else read(file, file_format)
     if key:
         content = select_key(content, key, file)
     model = _model_from(content, arch, arch_args, file)

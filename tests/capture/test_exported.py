@@ -16,6 +16,7 @@ from torch import fx, nn
 
 import reparam
 from reparam import OtherInputError
+from reparam.capture import exported as exported_programs
 from reparam.capture.aten import spell_out
 from reparam.capture.trace import capture
 from reparam.export import OnnxSession, export_archive, export_onnx
@@ -26,21 +27,33 @@ from tests.test_blocks import BLOCKS
 from tests.zoo.case import BlockCase
 
 EVERY = 9
-"""Of the blocks of the zoo, every so manieth goes through both captures here."""
-WRITES_IN_PLACE = ("slices",)
+"""Of the blocks of the zoo, every so manieth is exported with open sizes, as `fuse` does; the others for one size."""
+
+DIFFER = {
+    "dbb2d_4_4_k3_s1_g2_slices": "an export assigns to slices by copies into views, behind which nothing is merged",
+    "scaled_query_joint": "an export fixes the number of tokens; its scale stays, as which rows it goes into is asked "
+    "for twice as many",
+    "scaled_scores_joint": "as scaled_query_joint",
+    "normalised_input": "an export casts a literal made in float32 to the float64 of these models",
+    "normalised_input_padded": "as normalised_input",
+    "residual_norm_after_addition": "of a BatchNorm whose shift went elsewhere one leaves the module, one a scale",
+}
+"""Blocks that do not come to the same counts, and why; whichever does later has to go from here."""
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", BLOCKS[::EVERY], ids=lambda case: case.name)
-def test_both_captures_come_to_the_same_layers(case: BlockCase) -> None:
-    if case.name.endswith(WRITES_IN_PLACE):
-        pytest.skip("an export has other names for what is written in place")
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.name)
+def test_both_captures_come_to_the_same_layers(case: BlockCase, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = case.make(), case.inputs()
     symbolic = reparam.fuse(model, inputs, capture="symbolic", verify=False)
+    if BLOCKS.index(case) % EVERY and case.name not in DIFFER:
+        attempts = exported_programs._attempts
+        monkeypatch.setattr(exported_programs, "_attempts", lambda model, given: [*attempts(model, given)][-1:])
     exported = reparam.fuse(model, inputs, capture="export", verify=False)
     assert exported.report.capture == "export"
     assert relative_error(model(inputs), exported.module(inputs)) < 1e-11
-    assert executed_counts(exported.module, inputs) == executed_counts(symbolic.module, inputs)
+    same = executed_counts(exported.module, inputs) == executed_counts(symbolic.module, inputs)
+    assert same == (case.name not in DIFFER)
 
 
 Function = Callable[[torch.Tensor], Any]
