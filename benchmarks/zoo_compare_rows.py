@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from benchmarks.zoo_variants import AUTHORS, ORIGINAL, OURS
@@ -48,8 +49,14 @@ class Cell:
         """How many times faster `variant` is than `baseline`; None if one of them was not measured."""
         if not self.samples.get(variant) or not self.samples.get(baseline):
             return None
-        found = statistics.ratio_interval(self.samples[baseline], self.samples[variant], seed=0)
+        found = _interval(self.samples[baseline], self.samples[variant])
         return Ratio(baseline, *found, runs=len(self.samples[variant]))
+
+
+@cache
+def _interval(baseline: tuple[float, ...], variant: tuple[float, ...]) -> tuple[float, float, float]:
+    """Kept, because the page is written anew after every cell."""
+    return statistics.ratio_interval(baseline, variant, seed=0)
 
 
 @dataclass(frozen=True)

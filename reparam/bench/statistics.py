@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -42,12 +41,9 @@ def ratio_interval(
     count = len(ratios)
     block = max(1, round(count ** (1 / 3)))
     generator = np.random.default_rng(seed)
-    offsets = np.arange(block)
-    medians: NDArray[np.float64] = np.empty(resamples)
-    for i in range(resamples):
-        starts = generator.integers(0, count, size=-(-count // block))
-        chosen = (starts[:, None] + offsets).ravel()[:count] % count
-        medians[i] = np.median(ratios[chosen])
+    starts = generator.integers(0, count, size=(resamples, -(-count // block)))
+    chosen = (starts[:, :, None] + np.arange(block)).reshape(resamples, -1)[:, :count] % count
+    medians = np.median(ratios[chosen], axis=1)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(medians, [tail, 1 - tail])
     return float(np.median(ratios)), float(low), float(high)
