@@ -27,7 +27,8 @@ from tests.test_blocks import BLOCKS
 from tests.zoo.case import BlockCase
 
 EVERY = 9
-"""Of the blocks of the zoo, every so manieth is exported with open sizes, as `fuse` does; the others for one size."""
+"""Of the blocks of the zoo, every so manieth is exported with open sizes, as `fuse` does; the others for one size,
+which is faster, and with open sizes where that comes to other counts."""
 
 DIFFER = {
     "dbb2d_4_4_k3_s1_g2_slices": "an export assigns to slices by copies into views, behind which nothing is merged",
@@ -46,14 +47,21 @@ DIFFER = {
 def test_both_captures_come_to_the_same_layers(case: BlockCase, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = case.make(), case.inputs()
     symbolic = reparam.fuse(model, inputs, capture="symbolic", verify=False)
+    wanted = executed_counts(symbolic.module, inputs)
+
+    def is_same() -> bool:
+        exported = reparam.fuse(model, inputs, capture="export", verify=False)
+        assert exported.report.capture == "export"
+        assert relative_error(model(inputs), exported.module(inputs)) < 1e-11
+        return executed_counts(exported.module, inputs) == wanted
+
     if BLOCKS.index(case) % EVERY and case.name not in DIFFER:
         attempts = exported_programs._attempts
-        monkeypatch.setattr(exported_programs, "_attempts", lambda model, given: [*attempts(model, given)][-1:])
-    exported = reparam.fuse(model, inputs, capture="export", verify=False)
-    assert exported.report.capture == "export"
-    assert relative_error(model(inputs), exported.module(inputs)) < 1e-11
-    same = executed_counts(exported.module, inputs) == executed_counts(symbolic.module, inputs)
-    assert same == (case.name not in DIFFER)
+        with monkeypatch.context() as patched:
+            patched.setattr(exported_programs, "_attempts", lambda model, given: [*attempts(model, given)][-1:])
+            if is_same():
+                return
+    assert is_same() == (case.name not in DIFFER)
 
 
 Function = Callable[[torch.Tensor], Any]
