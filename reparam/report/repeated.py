@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.table import Table
 from rich.text import Text
 
 from reparam.report.markdown import escaped
@@ -23,9 +24,12 @@ _SIGNS = {
 
 def render_repeated(done: Repeated, console: Console, *, verbose: bool = False) -> None:
     """Prints each finding in a line, and the verdict; with `verbose` also the comparisons as they are now."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(justify="right", no_wrap=True)
     for finding in done.findings:
         sign, style, _ = _SIGNS[finding.kind]
-        console.print(Text.assemble((f"{sign:>8}", style), f"  {finding.sentence}"))
+        table.add_row(Text(sign, style=style), Text(finding.sentence))
+    console.print(table)
     for kind, comparison in done.comparisons.items() if verbose else ():
         render_comparison(kind, comparison, console, verbose=True)
     console.print(Text(done.summary(), style="green" if done.holds else "bold red"))

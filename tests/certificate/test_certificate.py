@@ -200,9 +200,10 @@ def test_what_has_changed_is_told_in_a_sentence(folder: Path, change: Any, wante
     for sentence in wanted:
         assert sentence in changed
     assert "does NOT hold any more" in found["summary"]
-    text = invoke("verify", "--certificate", folder / "net.fused.json")
-    assert text.exit_code == 1
-    assert "CHANGED" in text.stdout
+    for form, sign in (("text", "CHANGED"), ("markdown", "- ❌ ")):
+        text = invoke("verify", "--certificate", folder / "net.fused.json", "--format", form)
+        assert text.exit_code == 1
+        assert sign in text.stdout
 
 
 def test_other_versions_and_moved_figures_are_told_and_hold(folder: Path) -> None:
