@@ -16,7 +16,6 @@ network of a width: fusing must be linear in the depth.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
@@ -35,10 +34,10 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks.fuse_memory import Branches, Watch  # noqa: E402
-from benchmarks.fuse_speed import GROWTH_LIMIT, WAYS, chain  # noqa: E402
+from benchmarks.fuse_speed import GROWTH_LIMIT, WAYS, chain, runners  # noqa: E402
 from reparam.bench import statistics  # noqa: E402
-from reparam.bench.machine import WallClock, hardware_name  # noqa: E402
-from reparam.bench.measure import Runner, measure  # noqa: E402
+from reparam.bench.machine import hardware_name  # noqa: E402
+from reparam.bench.measure import measure  # noqa: E402
 from tools import timm_zoo  # noqa: E402
 from tools.record import engine_revision, write  # noqa: E402
 
@@ -94,23 +93,7 @@ def timed(key: Key, args: argparse.Namespace) -> Row:
         KeyboardInterrupt: it was interrupted.
     """
     model, x = build(*key)
-
-    def prepare(way: str) -> Callable[[], Callable[[], Any]]:
-        def call() -> None:
-            gc.enable()  # users run with the collector on; `measure` turns it off around the rounds
-            try:
-                WAYS[way](model, x)
-            finally:
-                gc.disable()
-
-        def ready() -> Callable[[], Any]:
-            gc.collect()
-            return call
-
-        return ready
-
-    runners = [Runner(way, prepare(way), WallClock(), "theirs") for way in WAYS]
-    measured = measure(runners, min_runs=args.runs, max_seconds=args.seconds, seed=0)
+    measured = measure(runners(model, x), min_runs=args.runs, max_seconds=args.seconds, seed=0)
     if measured.partial:
         raise KeyboardInterrupt
     samples = {way: list(measured.samples[way]) for way in WAYS}

@@ -95,9 +95,8 @@ def theirs(model: nn.Module, x: torch.Tensor) -> Any:
 WAYS: dict[str, Callable[[nn.Module, torch.Tensor], Any]] = {"theirs": theirs, "ours": ours}
 
 
-def timed(name: str, args: argparse.Namespace) -> Row:
-    """Times both ways on one model, and their memory in processes of their own."""
-    model, x, layers = build(name, args.channels, args.size)
+def runners(model: nn.Module, x: torch.Tensor) -> list[Runner]:
+    """Both ways on one model, ready to be timed side by side."""
 
     def prepare(way: str) -> Callable[[], Callable[[], Any]]:
         def call() -> None:
@@ -114,9 +113,13 @@ def timed(name: str, args: argparse.Namespace) -> Row:
 
         return ready
 
-    clock = WallClock()
-    runners = [Runner(way, prepare(way), clock, "theirs") for way in WAYS]
-    measured = measure(runners, min_runs=args.runs, max_seconds=args.seconds, seed=0)
+    return [Runner(way, prepare(way), WallClock(), "theirs") for way in WAYS]
+
+
+def timed(name: str, args: argparse.Namespace) -> Row:
+    """Times both ways on one model, and their memory in processes of their own."""
+    model, x, layers = build(name, args.channels, args.size)
+    measured = measure(runners(model, x), min_runs=args.runs, max_seconds=args.seconds, seed=0)
     if measured.partial:
         raise KeyboardInterrupt
     samples = {way: list(measured.samples[way]) for way in WAYS}
