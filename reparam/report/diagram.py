@@ -37,7 +37,7 @@ def drawn(entries: Sequence[Entry]) -> Diagram:
     for entry in entries:
         row_of[entry.index] = 1 + max((row_of[one] for one in entry.node.inputs if one in inside), default=-1)
         rows.setdefault(row_of[entry.index], []).append(entry)
-    width = max((len(row) for row in rows.values()), default=1) * (BOX + GAP)
+    width = max((len(row) for row in rows.values()), default=1) * (BOX + GAP) + 2 * GAP
     centre: dict[int, float] = {}
     boxes: list[Box] = []
     for number in sorted(rows):
@@ -57,21 +57,30 @@ def _middle(entry: Entry, centre: dict[int, float], width: float) -> float:
 
 
 def _lines(boxes: Sequence[Box], centre: dict[int, float]) -> list[str]:
-    bottom = {box.entry.index: box.y + HEIGHT for box in boxes}
+    at = {box.entry.index: box for box in boxes}
     lines = []
     for box in boxes:
-        x, y = centre[box.entry.index], box.y
+        x1, y = centre[box.entry.index], box.y
         for source in box.entry.node.inputs:
             if source not in centre:
-                lines.append(f"M{x:g} {y - 10:g}V{y:g}")
+                lines.append(f"M{x1:g} {y - 10:g}V{y:g}")
                 continue
-            start, end = bottom[source], (bottom[source] + y) / 2
-            far = y - start > STEP  # passes other rows: at the side of the boxes
-            x0, x1 = centre[source], x
-            if far:
-                side = min(x0, x1) - BOX / 2 - GAP / 4
-                lines.append(f"M{x0:g} {start:g}C{x0:g} {start + 14:g} {side:g} {start + 4:g} {side:g} {start + 20:g}"
-                             f"V{y - 20:g}C{side:g} {y - 4:g} {x1:g} {y - 14:g} {x1:g} {y:g}")  # fmt: skip
+            x0, start = centre[source], at[source].y + HEIGHT
+            between = [other for other in boxes if start < other.y < y]
+            if between:
+                lane = _lane(x0, x1, between)
+                lines.append(f"M{x0:g} {start:g}C{x0:g} {start + 12:g} {lane:g} {start + 8:g} {lane:g} {start + 20:g}"
+                             f"V{y - 20:g}C{lane:g} {y - 8:g} {x1:g} {y - 12:g} {x1:g} {y:g}")  # fmt: skip
             else:
-                lines.append(f"M{x0:g} {start:g}C{x0:g} {end:g} {x1:g} {end:g} {x1:g} {y:g}")
+                middle = (start + y) / 2
+                lines.append(f"M{x0:g} {start:g}C{x0:g} {middle:g} {x1:g} {middle:g} {x1:g} {y:g}")
     return lines
+
+
+def _lane(x0: float, x1: float, between: Sequence[Box]) -> float:
+    """Where a line passes the boxes between its ends: straight down if none is in the way, else beside all of them."""
+    for x in (x0, x1):
+        if all(not box.x - 3 <= x <= box.x + BOX + 3 for box in between):
+            return x
+    beside = (min(box.x for box in between) - GAP / 2, max(box.x for box in between) + BOX + GAP / 2)
+    return min(beside, key=lambda x: abs(x - x0) + abs(x - x1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,16 @@ def test_boxes_stand_below_what_they_read_and_apart() -> None:
     assert abs(at[1].x - at[2].x) >= BOX
     assert len(found.lines) == sum(map(len, reads))
     assert all(box.x >= 0 and box.x + BOX <= found.width and box.y + HEIGHT <= found.height for box in found.boxes)
+
+
+def test_lines_pass_beside_the_boxes_between_their_ends() -> None:
+    """A skip past a chain, and one past a row that is wider than its ends."""
+    for reads in ([(), (0,), (1,), (2, 0)], [(), (0,), (0,), (0,), (1, 2, 3), (4, 0)]):
+        found = drawn([Entry(index, NodeView("op", "", inputs=inputs)) for index, inputs in enumerate(reads)])
+        (lane,) = {float(x) for line in found.lines for x in re.findall(r" ([\d.]+) [\d.]+V\d", line)}
+        assert 0 < lane < found.width
+        between = [box for box in found.boxes if box.entry.index not in (0, len(reads) - 1)]
+        assert all(not box.x <= lane <= box.x + BOX for box in between)
 
 
 HEADLINES: list[tuple[Report, tuple[str, str], str]] = [

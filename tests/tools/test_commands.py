@@ -67,7 +67,9 @@ def test_old_environment_is_named_and_kept(tmp_path: Path) -> None:
     assert (root / ".venv" / "bin" / "python").exists()
 
 
-@pytest.mark.parametrize("script", ["tools/setup.sh", "tools/test.sh", "tools/demo.sh", "tools/example_report.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["tools/setup.sh", "tools/test.sh", "tools/demo.sh", "tools/example_report.sh", ".ci/run"]
+)
 def test_script_parses(script: str) -> None:
     finished = subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True, text=True, check=False)
     assert (finished.returncode, finished.stderr) == (0, "")
