@@ -39,7 +39,7 @@ from reparam.bench import statistics  # noqa: E402
 from reparam.bench.machine import hardware_name  # noqa: E402
 from reparam.bench.measure import measure  # noqa: E402
 from tools import timm_zoo  # noqa: E402
-from tools.record import engine_revision, write  # noqa: E402
+from tools.record import engine_revision, measured_before, write  # noqa: E402
 
 MIB = 2**20
 SIZE = 8
@@ -198,12 +198,7 @@ def load(path: Path, wanted: Mapping[str, Any]) -> dict[Key, Row]:
     Raises:
         ValueError: they were measured under other conditions.
     """
-    if not path.exists():
-        return {}
-    saved = json.loads(path.read_text())
-    if saved["conditions"] != dict(wanted):
-        raise ValueError(f"{path} was measured under other conditions: move it away, or pass --again")
-    rows = [Row(**row) for row in saved["rows"]]
+    rows = [Row(**row) for row in measured_before(path, wanted)]
     return {row.key: row for row in rows}
 
 
@@ -231,7 +226,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="least number of paired runs per cell")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no cell is started")
-    parser.add_argument("--again", action="store_true", help="measure everything anew")
+    parser.add_argument("--again", choices=("all",), help="measure everything anew")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--memory", nargs=4, metavar=("WAY", "KIND", "DEPTH", "WIDTH"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -248,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     facts = {"command": "python benchmarks/fuse_scaling.py", "conditions": conditions(args)}
     try:
-        rows = {} if args.again else load(args.out / "fuse_scaling.json", facts["conditions"])  # type: ignore[arg-type]
+        rows = {} if args.again else load(args.out / "fuse_scaling.json", facts["conditions"])
     except ValueError as error:
         print(error)
         return 2

@@ -40,13 +40,13 @@ import torch  # noqa: E402
 
 import reparam  # noqa: E402
 from benchmarks.zoo_compare_claims import FAILS, claims  # noqa: E402
-from benchmarks.zoo_compare_rows import Cell, Row, document, microseconds  # noqa: E402
-from benchmarks.zoo_compare_table import markdown  # noqa: E402
+from benchmarks.zoo_compare_rows import Cell, Row, microseconds  # noqa: E402
+from benchmarks.zoo_compare_store import load, merged, save, stem  # noqa: E402
 from benchmarks.zoo_latency import Candidate, listed  # noqa: E402
 from benchmarks.zoo_variants import Converted, convert, onnx_files, sessions  # noqa: E402
 from reparam.bench.machine import hardware_name  # noqa: E402
 from tools import timm_zoo  # noqa: E402
-from tools.record import engine_revision, first_line, measured_before, write  # noqa: E402
+from tools.record import engine_revision, first_line  # noqa: E402
 
 AUTHORS_JSON = ROOT / "tools" / "results" / "authors.json"
 FIRST = ("mobileone_s0", "repvgg_a0")
@@ -212,45 +212,6 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "timm": timm_zoo.import_timm().__version__,
         "onnxruntime": onnxruntime.__version__,
     }
-
-
-def stem(args: argparse.Namespace) -> Path:
-    """The results' path without ending."""
-    return args.out / ("zoo_compare" if args.device == "cpu" else f"zoo_compare_{args.device}")  # type: ignore[no-any-return]
-
-
-def load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Row]:
-    """The rows of an earlier run, by model; none if there was none.
-
-    Raises:
-        ValueError: they were measured under other conditions.
-    """
-    return {row["model"]: Row.from_dict(row) for row in measured_before(path, wanted)}
-
-
-def save(path: Path, rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:
-    """Writes the JSON document and the page."""
-    ordered = sorted(rows.values(), key=lambda row: (row.family, row.parameters, row.model))
-    write(path.with_suffix(".json"), document(ordered, facts))
-    write(path.with_suffix(".md"), markdown(ordered, facts))
-
-
-def merged(folders: Sequence[Path], args: argparse.Namespace) -> tuple[dict[str, Row], dict[str, Any]]:
-    """The rows of several runs under the same conditions, and what these were.
-
-    Raises:
-        ValueError: a file is missing, or the conditions differ.
-    """
-    rows: dict[str, Row] = {}
-    facts: dict[str, Any] = {}
-    for folder in folders:
-        path = (folder / stem(args).name).with_suffix(".json")
-        if not path.exists():
-            raise ValueError(f"{path} is not there: give folders that --out was given")
-        saved = json.loads(path.read_text())
-        facts = facts or {key: saved[key] for key in ("command", "conditions")}
-        rows |= load(path, facts["conditions"])
-    return rows, {**facts, "command": f"{facts['command']} --shard 1/{len(folders)} (and so on, at the same time)"}
 
 
 def shard(text: str) -> tuple[int, int]:

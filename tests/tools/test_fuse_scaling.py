@@ -75,7 +75,7 @@ def test_a_run_saves_and_goes_on(
         assert main(arguments) == 2
     finally:
         torch.set_num_threads(threads)
-    assert "under other conditions" in capsys.readouterr().out
+    assert "was measured with revision abc, now def: move it away, or pass --again all" in capsys.readouterr().out
 
 
 def test_saved_rows_come_back(tmp_path: Path) -> None:
