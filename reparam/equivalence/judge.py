@@ -121,6 +121,7 @@ def judge(
     samples: int,
     typical: float = 0.0,
     paired: bool = True,
+    by_peers: bool = False,
 ) -> Judgement:
     """Holds an error against the noise.
 
@@ -131,16 +132,22 @@ def judge(
         samples: independent values in the tensor.
         typical: noise over scale that is known to be typical of this output, from other inputs.
         paired: whether both errors are of the same kernels.
+        by_peers: whether the floor of a slice of fewer than `FEW_ELEMENTS` is that of its peers, if that is larger: one
+            logit of a thousand is nearly zero by chance, which says nothing of the terms it was summed from.
     """
     luck = math.exp(LUCK_DEVIATIONS / math.sqrt(max(samples, 1)))
+    elements = math.prod(rms.numel() for rms, _ in truth.slices)
     slice_factor = factor if paired else factor * luck
     bar = factor * luck * max(noise.rms, typical * truth.rms) + floor * truth.rms
     worst = Judgement(_ratio(error.rms, bar), "the whole tensor")
     for axis, (errors, noises, truths) in enumerate(zip(error.slices, noise.slices, truth.slices, strict=True)):
         if errors[0].numel() < 2:
             continue
+        few = by_peers and elements // errors[0].numel() < FEW_ELEMENTS
         for kind in (0, 1):
-            ratios = _slice_ratios(errors[kind], noises[kind], truths[kind], slice_factor, floor, typical)
+            least = floor * truths[kind].clamp_min(float(truths[kind].median()) if few else 0.0)
+            bars = _noise_bars(truths[kind], noises[kind], slice_factor, typical) + least
+            ratios = torch.where(errors[kind] == 0, 0.0, errors[kind] / bars)
             index = int(ratios.argmax())
             if float(ratios[index]) > worst.ratio:
                 worst = Judgement(float(ratios[index]), f"index {index} of dim {axis}")
@@ -156,19 +163,11 @@ def effective_scale(
     nothing of the scale of the terms they were summed from (one logit of a thousand is nearly zero by chance), so a
     slice of fewer than `FEW_ELEMENTS` takes its peers' median if that is larger.
     """
-    scale = torch.maximum(truth, _bars(truth, noise, factor, floor, 0.0) / floor)
+    scale = truth + _noise_bars(truth, noise, factor, 0.0) / floor
     return scale.clamp_min(float(truth.median())) if elements < FEW_ELEMENTS else scale
 
 
-def _slice_ratios(
-    errors: torch.Tensor, noises: torch.Tensor, truths: torch.Tensor, factor: float, floor: float, typical: float
-) -> torch.Tensor:
-    bars = _bars(truths, noises, factor, floor, typical)
-    ratios = errors / bars
-    return torch.where(errors == 0, torch.zeros_like(ratios), ratios)
-
-
-def _bars(truths: torch.Tensor, noises: torch.Tensor, factor: float, floor: float, typical: float) -> torch.Tensor:
+def _noise_bars(truths: torch.Tensor, noises: torch.Tensor, factor: float, typical: float) -> torch.Tensor:
     live = truths > 0
     relative = float((noises[live] / truths[live]).median()) if bool(live.any()) else 0.0
     relative = max(relative, typical)
@@ -176,7 +175,7 @@ def _bars(truths: torch.Tensor, noises: torch.Tensor, factor: float, floor: floa
     level = torch.maximum(noises, truths * relative).clamp_min(typical_level)
     # The largest of n normal samples is near sqrt(2 log n); 2 more deviations for the noise itself being a sample.
     luck = 2.0 + math.sqrt(2.0 * math.log(max(noises.numel(), 2)))
-    return factor * luck * level + floor * truths
+    return factor * luck * level
 
 
 def _ratio(error: float, bar: float) -> float:

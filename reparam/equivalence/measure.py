@@ -32,6 +32,7 @@ _NOISE_MARGIN = 8.0
 # The disturbed weights show one rounding. Folding within the deployment dtype, as most tools do, rounds several times
 # and the factor of a channel coherently; that is still rounding and not wrong algebra. Measured ratios reach 1.8.
 _FOLD_ROUNDINGS = 3.0
+_EPS64, _EPS32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 
 
 def compare_outputs(
@@ -120,7 +121,8 @@ def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputCom
                 f"{figures.original_noise:.2g}); worst element {list(figures.worst_index)}, {figures.worst_location}"
             )
     if truth is not None and measured.algebra is not None:
-        algebra = _judged(measured, measured.algebra, rules.noise_factor, rules.algebra_tolerance)
+        tolerance = rules.algebra_tolerance
+        algebra = _judged(measured, measured.algebra, rules.noise_factor, tolerance, by_peers=True)
         if not algebra.passed:
             failures.append(
                 f"{figures.name}: the float64 results differ by {figures.algebra_error or 0.0:.2g}, "
@@ -142,6 +144,7 @@ def _judged(
     floor: float,
     typical: float = 0.0,
     paired: bool = True,
+    by_peers: bool = False,
 ) -> Judgement:
     assert measured.truth is not None
     return judge(
@@ -151,6 +154,7 @@ def _judged(
         samples=measured.samples,
         typical=typical,
         paired=paired,
+        by_peers=by_peers,
     )
 
 
@@ -219,6 +223,10 @@ def _measure_floats(
         numeric = (spread((c - t) / unit), allowed)
     if c64 is not None:
         s_exact, s_error = s_noise.scaled(_NOISE_MARGIN * small), spread((c64 - t) / unit)
+        single = _leaf(runs.single, figures.name, t)
+        if single is not None:
+            linear = torch.where(usable & single.isfinite(), single - t, zero) / unit
+            s_exact = s_exact.larger(spread(linear).scaled(_NOISE_MARGIN * _EPS64 / _EPS32))
         algebra = (s_error, s_exact)
         if s_rounding is not None and not runs.algebra_is_exact:
             algebra = (s_error, s_exact.plus(s_rounding.scaled(_FOLD_ROUNDINGS)))

@@ -48,6 +48,7 @@ class Runs:
         given: how many different values the input has; None if that is not known.
         numeric: whether `candidate` is the deployed one; else it is `candidate64`, and only the algebra is asked.
         judged64: whether the float64 difference is held against a bar; else it is only measured.
+        single: the original in float32, where half precision is too noisy to tell from it how noisy float64 is.
         noise: another run of the original in `noise_dtype`, where `original` shows no noise: the deployment dtype is
             float64, or the truth is not known better than by `original`.
     """
@@ -63,6 +64,7 @@ class Runs:
     algebra_is_exact: bool = False
     numeric: bool = True
     judged64: bool = True
+    single: Flat | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from reparam.equivalence.comparison import CaseResult, Comparison, Parting
 from reparam.equivalence.gather import Ran, gather
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
-from reparam.equivalence.metrics import distinct_values
+from reparam.equivalence.metrics import distinct_values, rms
 from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.parting import parting
 from reparam.equivalence.precision import PrivateCopy, deployment_dtype, first_line, rounding_failures, run
@@ -33,6 +33,8 @@ from reparam.errors import InputError, OtherInputError
 from reparam.inputs import ExampleInputs, Inputs
 
 BUDGET = 10.0
+SATURATED = 0.05
+"""Relative noise from which on it is no longer proportional to the rounding that it comes from."""
 
 
 def verify(
@@ -213,6 +215,7 @@ def _run_case(session: Session, case: Case, asked: Asked) -> Ran:
         session.exact,
         not wide_only,
         session.judged64,
+        None if original is None else _single(session, case, truth, original),
     )
     measured, failures = measure(runs, session.rules)
     return Ran(replace(result, failures=failures), truth, measured)
@@ -236,6 +239,22 @@ def _run_original(session: Session, case: Case) -> tuple[Flat, Flat | None, Flat
     except Exception as error:
         raise _RefusedError(f"the original itself cannot run it ({first_line(error)})") from error
     return truth, original, _noise(session, case, torch.float32)
+
+
+def _single(session: Session, case: Case, truth: Flat, original: Flat) -> Flat | None:
+    """The original in float32, where noise in half precision has grown too large to grow in proportion any more."""
+    if session.single is None or session.candidate64 is None:
+        return None
+    answers = original.tensors()
+    pairs = [(tensor.double(), answers[name].double()) for name, tensor in truth.tensors().items() if name in answers]
+    noise = [rms(o - t) / rms(t) for t, o in pairs if o.shape == t.shape and rms(t) > 0.0]
+    if all(relative <= SATURATED for relative in noise):
+        return None
+    try:
+        return session.call(session.single, case, torch.float32)
+    except Exception:  # a model that insists on half precision
+        session.single = None
+        return None
 
 
 def _noise(session: Session, case: Case, dtype: torch.dtype | None) -> Flat | None:

@@ -64,7 +64,7 @@ class Session:
 
     `original64` is None for an original that does not run in float64; `candidate64` is None where, or once, the algebra
     cannot be asked; `original` is None once it is known to be `original64`. `judged64`: whether the float64
-    difference is held against a bar.
+    difference is held against a bar. `single`: the original in float32, of a model in half precision.
     """
 
     rules: Rules
@@ -77,6 +77,7 @@ class Session:
     rounded64: Model | None = None
     exact: bool = False
     judged64: bool = True
+    single: Model | None = None
     spent: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -158,7 +159,9 @@ def _with_original(original: nn.Module | Elsewhere, candidate: Callable[..., Any
         wide = rules.dtype == torch.float64
         noise = PrivateCopy(original, "original", torch.float32) if wide else None
         exact = PrivateCopy(original, "original", torch.float64)
-        return Session(rules, seed, exact, PrivateCopy(original, "original"), noise, ours)
+        half = rules.dtype in (torch.float16, torch.bfloat16)
+        single = PrivateCopy(original, "original", torch.float32) if half else None
+        return Session(rules, seed, exact, PrivateCopy(original, "original"), noise, ours, single=single)
     session = Session(rules, seed, original.float64, original.run, None, ours)
     if original.float64 is None:
         session.noise = original.disturbed

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from reparam.equivalence import verify
+from reparam.equivalence import compare_outputs, verify
+from reparam.equivalence.measure import measure, verdict
+from reparam.equivalence.measured import Rules, Runs
+from reparam.equivalence.outputs import flatten
 from tests.equivalence.nets import Branchy, Plain, TwoOutputs, example, folded, randomise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -121,3 +125,35 @@ def test_the_noise_stays_the_yardstick_for_deep_nets(dtype: torch.dtype) -> None
     comparison = verify(original, folded(original), example(dtype))
     assert comparison.passed, comparison.failures
     assert comparison.original_noise > torch.finfo(dtype).eps / 8
+
+
+def test_noise_that_half_precision_cannot_show_is_measured_in_float32() -> None:
+    """A chaotic model: half precision is off by as much as it can be, float64 by more than that tells."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(4, 64, generator=generator, dtype=torch.float64)
+
+    def off_by(size: float) -> torch.Tensor:
+        return truth + size * torch.randn(truth.shape, generator=generator, dtype=torch.float64)
+
+    half, single, double = off_by(0.3).half(), off_by(0.05).float(), off_by(2e-10)
+    runs = Runs(flatten(truth), flatten(half), flatten(half), flatten(double), algebra_is_exact=True)
+    rules = Rules(dtype=torch.float16)
+    blind, _ = measure(runs, rules)
+    assert "float64 results differ" in verdict(blind[0], rules).failures[0]
+    seeing, _ = measure(replace(runs, single=flatten(single)), rules)
+    assert verdict(seeing[0], rules).failures == ()
+    wrong, _ = measure(replace(runs, single=flatten(single), candidate64=flatten(off_by(1e-7))), rules)
+    assert "float64 results differ" in verdict(wrong[0], rules).failures[0]
+
+
+def test_a_logit_that_is_nearly_zero_by_chance_is_held_to_the_scale_of_its_peers() -> None:
+    truth = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    truth[0, 667] = 1e-5
+    own = truth.to(torch.bfloat16)
+    off = truth.clone()
+    off[0, 667] += 1e-12
+    fine = compare_outputs(truth, own, own, candidate_float64=off)
+    assert all(output.passed for output in fine), fine[0].failures
+    off[0, 667] += 1e-8
+    wrong = compare_outputs(truth, own, own, candidate_float64=off)
+    assert "index 667 of dim 1" in wrong[0].failures[0]
