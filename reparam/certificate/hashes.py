@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,13 +33,14 @@ def file_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+def weights_digest(state: Mapping[str, Any]) -> str:
     """SHA-256 of a state dict's content: name, dtype, shape and bytes of each tensor, in the order of the names.
 
     It is the same for one model in a `.pt`, a safetensors file or an archive, on any device and in any memory layout.
+    What a module keeps there that is no tensor (its extra state) is left out.
     """
     found = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(name for name, value in state.items() if isinstance(value, torch.Tensor)):
         tensor = state[name].detach().cpu().contiguous()
         found.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -101,6 +101,7 @@ def test_the_hash_of_weights_does_not_depend_on_the_container(tmp_path: Path) ->
     turned["0.weight"] = turned["0.weight"].to(memory_format=torch.channels_last)
     for other in (torch.load(tmp_path / "a.pt"), safetensors.torch.load_file(tmp_path / "a.safetensors"), turned):
         assert weights_digest(other) == weights_digest(state)
+    assert weights_digest({**state, "_extra_state": {"calls": 3}}) == weights_digest(state)
     swapped = {**state, "1.weight": state["1.bias"], "1.bias": state["1.weight"]}
     one_bit = {**state, "1.bias": torch.nextafter(state["1.bias"], state["1.bias"] + 1)}
     half = {**state, "1.bias": state["1.bias"].half()}
