@@ -1,6 +1,6 @@
 """Real models with many rewrites at fault at once: each is named, and what is made without them is right.
 
-`tools/sabotage.py` does the same one fault at a time, for all pairs; its table is in tools/results/sabotage.md.
+`tools/sabotage.py` does the same one fault at a time, for all pairs, and asks `reparam.verify` of each, too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ import torch
 import reparam
 from tools.faults import FAULTS, once, rewrites_sabotaged
 from tools.sabotage import MODELS, START, model_of
-
-# Of every kind of model; those that have no BatchNorm, or no rewrite left for a fault, go without it.
-EXPECTED = dict.fromkeys(MODELS, 9) | {"nf_resnet26": 7}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,5 +33,5 @@ def test_every_rewrite_at_fault_is_named_and_undone(name: str) -> None:
     assert len(named) >= 5
     assert result.report.comparison is not None
     assert result.report.comparison.passed
-    assert result.report.after.convolutions < result.report.before.convolutions or result.report.rewrites
+    assert result.report.rewrites  # the rest of the model is fused
     assert not {one.rewrite for one in result.report.undone} & set(result.report.rewrites)
