@@ -27,7 +27,7 @@ def place(node: Any, module: nn.Module, prefix: str) -> str:
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [(file, int(line)) for file, line in lines if "/torch/" not in file]
     for file, line in reversed(own):
-        if file.startswith(GENERATED) and (found := _generated(module, file, line)):
+        if file.startswith(GENERATED) and (found := _generated(module, file, line, prefix)):
             inner, known = found
             path = inner
             source = f" ({known})" if known else ""
@@ -37,7 +37,7 @@ def place(node: Any, module: nn.Module, prefix: str) -> str:
     return f" in {path or 'the model itself'}{source}"
 
 
-def _generated(module: nn.Module, file: str, line: int) -> tuple[str, str] | None:
+def _generated(module: nn.Module, file: str, line: int, prefix: str) -> tuple[str, str] | None:
     """Path of the module and source line of the node that a line of generated code computes."""
     for outer, part in module.named_modules():
         code = getattr(getattr(type(part), "forward", None), "__code__", None)
@@ -47,6 +47,7 @@ def _generated(module: nn.Module, file: str, line: int) -> tuple[str, str] | Non
         match = re.match(r"\s*(\w+)\b.*=", text[line - 1]) if 0 < line <= len(text) else None
         for node in part.graph.nodes if match else ():
             if match and node.name == match.group(1):
-                path = ".".join(filter(None, (outer.removeprefix("module").strip("."), node.meta.get("module_path"))))
+                known = f"module.{outer}.".removeprefix(prefix).strip(".")
+                path = ".".join(filter(None, (known, node.meta.get("module_path"))))
                 return path, str(node.meta.get("source") or "")
     return None

@@ -182,10 +182,12 @@ def _untranslatable(program: torch.export.ExportedProgram, error: BaseException,
     if match is None:
         return ExportError(f"the ONNX exporter fails{_at_node(program, error, plan)}: {reason(error)}")
     operator = match.group(2)
-    where = ""
-    for node in program.graph.nodes:
-        if node.op == "call_function" and operator.strip("_") in str(node.target):
-            where = place(node, plan.module, f"module.{plan.prefix}")
+    where, called = "", [node for node in program.graph.nodes if node.op == "call_function"]
+    # The exporter may have put the operator in place of one of another rank.
+    for name in (operator.strip("_"), re.sub(r"\dd$", "", operator.strip("_"))):
+        found = next((node for node in called if name in str(node.target)), None)
+        if found is not None:
+            where = place(found, plan.module, f"module.{plan.prefix}")
             break
     return hopeless(
         f"operator {match.group(1)}::{operator}{where} has no ONNX form; replace it, or write a .pt2 archive instead"
