@@ -105,7 +105,9 @@ def measured(name: str, seconds: float, threads: int) -> Row:
             idle = leftovers(proto)
             graphs[variant] = {
                 "nodes": len(proto.graph.node),
-                "bytes": files[variant].stat().st_size,
+                "bytes": sum(
+                    part.stat().st_size for part in Path(folder).glob(f"{files[variant].name}*")
+                ),  # and its data
                 "batch_norms": sum(one.kind == "BatchNormalization" for one in idle),
                 "leftovers": [str(one) for one in idle if one.kind != "BatchNormalization" and not one.needed],
                 "agrees": compared.passed,
