@@ -88,14 +88,14 @@ def _standard(make: _Maker) -> Iterator[Slot]:
     if resized or rebatched:
         yield (*resized, *rebatched)
     if make.drawable:
-        yield (make("random normal", _normal, 3, None, one),)
+        yield make.one_of("random normal", _normal, 3, [(None, one)])
     if not make.floating:
         return
     for number, (name, fill) in enumerate((("borders and impulse", _borders), ("zeros", _zeros), ("ones", _ones))):
         if fill is _borders and not make.spatial:
             continue
-        small = [make(name, fill, 4 + number, sizes, one)] if sizes else []
-        yield (*small, make(name, fill, 4 + number, None, one))
+        small = [(sizes, one)] if sizes else []
+        yield make.one_of(name, fill, 4 + number, [*small, (None, one)])
 
 
 def _thorough(make: _Maker) -> Iterator[Slot]:
@@ -165,6 +165,13 @@ class _Maker:
         inputs = self.inputs.map(make)
         elements = sum(tensor.numel() for tensor in inputs.tensors() if tensor.dim())
         return Case(name, seed, inputs, elements / self.elements)
+
+    def one_of(
+        self, name: str, fill: Fill, number: int, shapes: Sequence[tuple[dict[int, int] | None, int | None]]
+    ) -> Slot:
+        """A case in each of the shapes, and last in the example's own: all that an archive of fixed shapes can run."""
+        own = [] if shapes[-1][1] in (None, self.batch) else [(None, None)]
+        return tuple(self(name, fill, number, sizes, batch) for sizes, batch in [*shapes, *own])
 
     def other_batch(self) -> int | None:
         """A batch size that is not the example's: the cheapest, 1, unless that is the example's."""
