@@ -31,7 +31,15 @@ _PYTHON = set(
     truediv xor
     """.split()
 )
-_STRUCTURES = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
+_STRUCTURES = {
+    None,
+    "builtins.tuple",
+    "builtins.list",
+    "builtins.dict",
+    "collections.OrderedDict",
+    "torch.fx.immutable_collections.immutable_dict",  # what torch.export writes for a graph module's answer
+    "torch.fx.immutable_collections.immutable_list",
+}
 _SYMBOLIC = set(
     """
     Symbol Integer Float Rational Add Mul Pow Max Min Mod Abs Eq Ne Lt Le Gt Ge And Or Not Equality Unequality

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from reparam.answers import plain_answers
 from reparam.capture.aten import spell_out
 from reparam.capture.imports import printable
 from reparam.checks import Guards
@@ -61,7 +62,7 @@ def _require_no_transforms(program: torch.export.ExportedProgram) -> None:
 
 def graph_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a module with named parameters, its operations in the words of torch."""
-    module: Any = program.module()
+    module: Any = plain_answers(program).module()
     for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
         hooks.clear()  # checks of the inputs, which the guards in the graph repeat
     if hasattr(module, "_guards_fn"):

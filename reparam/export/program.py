@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from reparam.answers import plain_answers
 from reparam.errors import ExportError
 from reparam.export.shapes import TRACED_BATCH, Freedom, resized
 from reparam.inputs import Inputs
@@ -96,7 +97,8 @@ def trace(module: nn.Module, inputs: Inputs, freedom: Freedom, name: str = "") -
     shapes = pytree.tree_map(axes, argument_names(module, inputs))
     try:
         with quiet(), torch.no_grad(), _Patience(PATIENCE if freedom.size else math.inf):
-            return torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(module, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
+            return plain_answers(program)
     except Exception as error:
         raise ExportError(
             f"torch.export cannot capture {name or type(module).__name__}: {reason(error)}{source_line(error)}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import reparam
 from reparam.errors import ExportError
 from reparam.export import export_archive
 from reparam.inputs import Inputs
@@ -60,6 +61,33 @@ def test_archive_answers_like_the_module(
     for call in [example, *others]:
         inputs = Inputs.of(call)
         torch.testing.assert_close(inputs.call(loaded), inputs.call(module))
+
+
+class Named(nn.Module):
+    """Returns a dict with a list in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        y = self.layer(x)
+        return {"mean": y.mean((2, 3)), "both": [y, (y + 1, y - 1)]}
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["written by reparam", "written by torch alone"])
+def test_containers_of_a_graph_module_stay_plain_and_load_unasked(ours: bool, tmp_path: Path) -> None:
+    model, path = nets.lively(Named()), tmp_path / "net.pt2"
+    if ours:
+        fused = reparam.fuse(model, image(2)).module
+        answer = torch.export.load(export_archive(fused, image(2), path)).module()(image(2))
+        assert (type(answer), type(answer["both"]), type(answer["both"][1])) == (dict, list, tuple)
+    else:
+        torch.export.save(torch.export.export(torch.fx.symbolic_trace(model), (image(2),)), path)
+    loaded = reparam.load(path)
+    answer = loaded(image(2))
+    assert (type(answer), type(answer["both"]), type(answer["both"][1])) == (dict, list, tuple)
+    assert reparam.verify(model, loaded, image(2), level="quick").passed
 
 
 def test_open_axes_are_written_down(tmp_path: Path) -> None:
