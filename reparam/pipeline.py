@@ -171,7 +171,7 @@ def fuse(
         )
     if undone and strict:
         raise NotEquivalentError(
-            f"{len(undone)} rewrites of {report.model} are at fault, the first at {undone[0].where} "
+            f"{len(undone)} rewrite(s) of {report.model} at fault, the first at {undone[0].where} "
             f"({undone[0].failure.rstrip('.')}); without strict they are undone",
             report,
         )

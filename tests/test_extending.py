@@ -27,7 +27,8 @@ def test_blocks_run_as_printed() -> None:
     assert "conv: Conv2d" in lines[0]
     assert lines[0].endswith("-> Conv2d(3, 8, 3x3)")
     assert lines[1] == "Conv2d(3, 3, 3x3, stride 2x2, groups 3)"
-    assert lines[2].startswith("the fused Block does not agree with the original")
+    assert lines[2].startswith("norm: BatchNorm2d: it differs by")
+    assert lines[3].startswith("1 rewrite(s) of Block at fault, the first at norm")
 
 
 def test_blocks_can_fail() -> None:
