@@ -24,6 +24,9 @@ class _Proxy(fx.Proxy):
 class ReadingTracer(fx.Tracer):
     """Traces code that was generated from a captured graph: straight lines, in which checks are calls."""
 
+    makes_nodes = True
+    """What makes a tensor stood in the graph that the code was written from."""
+
     def __init__(self) -> None:
         super().__init__(autowrap_functions=(*CHECKS, *functions_of_numbers()))
 
