@@ -26,6 +26,7 @@ class ReadingTracer(fx.Tracer):
 
     makes_nodes = True
     """What makes a tensor stood in the graph that the code was written from."""
+    executing = False
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=(*CHECKS, *functions_of_numbers()))
