@@ -21,7 +21,7 @@ from reparam.certificate.read import Certificate, File
 from reparam.certificate.write import environment, versions
 from reparam.data import Batch, digest, read
 from reparam.equivalence import Comparison, verify
-from reparam.errors import InputError
+from reparam.errors import InputError, ReparamError
 from reparam.export import OnnxSession
 from reparam.inputs import Inputs
 from reparam.source import Source
@@ -135,7 +135,16 @@ def repeat(
     comparisons = {}
     for kind in certificate.files:
         tell(f"verifying the {_NAMES[kind]}")
-        candidate, weights = _candidate(kind, paths[kind], source)
+        try:
+            candidate, weights = _candidate(kind, paths[kind], source)
+        except ReparamError as error:
+            if not any(
+                one.kind == "changed" and one.sentence.startswith(f"the {_NAMES[kind]} {paths[kind]}")
+                for one in findings
+            ):
+                raise
+            findings.append(Finding("changed", f"the {_NAMES[kind]} cannot be read any more: {error}"))
+            continue
         findings.append(
             _weights(weights, certificate.fused_weights, f"the weights named in the metadata of the {_NAMES[kind]}")
         )

@@ -179,6 +179,12 @@ def touch_example(folder: Path) -> None:
     edited(folder, lambda plain: plain["options"].update(seed=1))
 
 
+def cut_files(folder: Path) -> None:
+    for name in ("net.fused.onnx", "net.fused.pt2"):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-100])
+
+
 CHANGES = [
     (replace_original, ["the original", "the weights of the original", "NOT equivalent"]),
     (
@@ -186,6 +192,7 @@ CHANGES = [
         ["the ONNX file", "the weights named in the metadata", "the weights in the torch.export", "NOT equiv"],
     ),
     (touch_onnx, ["the ONNX file"]),
+    (cut_files, ["the ONNX file cannot be read any more: ", "the torch.export archive cannot be read any more: "]),
     (strip_onnx, ["its metadata has no reparam.weights_sha256"]),
     (touch_figure, ["1 figures of the ONNX file moved (cases, example, outputs, output, rms: "]),
     (touch_example, ["the example input"]),
