@@ -94,6 +94,11 @@ def _check_tensors(model: nn.Module, inputs: Inputs) -> None:
     lazy = [name for name, tensor in held.items() if is_lazy(tensor)]
     if lazy:
         raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
+    for name, tensor in (*held.items(), *(("an example input", tensor) for tensor in inputs.tensors())):
+        if not is_lazy(tensor) and tensor.layout is not torch.strided:
+            raise InputError(
+                f"{name} is a {str(tensor.layout).removeprefix('torch.')} tensor; make it a dense one, with .to_dense()"
+            )
     first = {tensor.device: name for name, tensor in reversed(held.items())}
     if len(first) > 1:
         where = " and ".join(f"{name} on {device}" for device, name in [*first.items()][-2:])

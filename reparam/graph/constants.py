@@ -29,6 +29,7 @@ from reparam.graph.normal import mutated
 
 _CASTS = ("float", "double", "half", "bfloat16")
 _RANDOM = re.compile(r"rand|dropout|bernoulli|multinomial|(?<![a-z])normal(?![a-z])|poisson|exponential|empty|uniform")
+_UNSTRIDED = re.compile(r"sparse|mkldnn|nested")
 _NEW = ("new_tensor", "new_full", "new_zeros", "new_ones")
 _FILLED = (torch.arange, torch.full, torch.zeros, torch.ones, torch.eye, torch.linspace, torch.tensor)
 _EXACT = set(
@@ -78,7 +79,8 @@ class Constants:
 
     def _is_constant(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
-            return pinned(node) is None
+            held = attribute(self._root, str(node.target))
+            return pinned(node) is None and getattr(held, "layout", torch.strided) is torch.strided
         if node.op in ("placeholder", "output") or pinned(node) or mutated(node, self._root) is not None:
             return False
         if any(other not in self._constant for other in self._operands(node)):
@@ -87,7 +89,8 @@ class Constants:
             return False
         if self._rounds(node) or (node.op == "call_module" and not self._may_be_computed(module_of(node, self._root))):
             return False
-        return _RANDOM.search(_name(node)) is None and node.target is not operator.setitem
+        name = _name(node)
+        return not (_RANDOM.search(name) or _UNSTRIDED.search(name) or node.target is operator.setitem)
 
     def _may_be_computed(self, module: nn.Module | None) -> bool:
         """Whether the module makes a constant of one; without `layers` it must not have weights, as an activation."""

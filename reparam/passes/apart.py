@@ -5,7 +5,8 @@
 So is an image's normalisation written now and then, with `x[:, i]`, `stack` or `split` as well; `s * x + t` is one
 operation, which moves into the layer behind it. Preconditions: all parts are of one tensor, each is a choice of its
 channels by number, scaled and shifted by one number each, and read by nobody else. Of an input whose channels are not
-counted by a layer, `narrow` takes as many as are read, which fails where the original fails: when there are fewer.
+counted by a layer, `narrow` takes as many as are read, which fails where the original fails: when there are fewer. A
+slice does not fail then, so the last part may be one only where a layer counts the channels of the whole.
 
 Not done: writing into a copy channel by channel, `y[:, i] = ...`.
 """
@@ -101,7 +102,16 @@ def _parts(node: fx.Node, surroundings: Surroundings) -> tuple[int, list[Part]]:
     fits = source is not None and (source.dtype, len(source.shape)) == (tensor.dtype, len(tensor.shape))
     together = tensor.shape[axis] == sum(part.stop - part.start for part in found)
     consecutive = all(one.stop == other.start for one, other in pairwise(found))
-    return axis, found if fits and together and consecutive and pinned(found[0].source) is None else []
+    counted = surroundings.sizes.dims(node)[axis].literal is not None or not _takes_fewer(found[-1], axis, surroundings)
+    return axis, found if fits and together and consecutive and counted and pinned(found[0].source) is None else []
+
+
+def _takes_fewer(part: Part, axis: int, surroundings: Surroundings) -> bool:
+    """Whether a part has fewer channels, or none, of a tensor that has fewer; else it fails."""
+    chosen = part.nodes[0]
+    index = chosen.args[1] if chosen.target is operator.getitem else None
+    sliced = isinstance(index[axis] if isinstance(index, tuple) else index, slice)
+    return sliced and surroundings.sizes.dims(part.source)[axis].literal is None
 
 
 def _traced(part: Part, axis: int, surroundings: Surroundings) -> Part | None:

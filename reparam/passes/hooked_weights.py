@@ -6,7 +6,8 @@
 
 on the layer before each call. In eval mode both depend on parameters and buffers only. Evaluated in float64, rounded
 once. Preconditions: the layer has no other hook, and is torch's own; recurrent layers keep their hooks, as they keep
-copies of their weights. A layer that is called twice is refused by the capture, as its weight is written in between.
+copies of their weights; so does a layer whose own `g`, `v` or `V` the forward reads besides. A layer that is called
+twice is refused by the capture, as its weight is written in between.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ class HookedWeights:
         """Rewrites the graph in place."""
         rewrites: list[Rewrite] = []
         written: dict[int, Layer] = {}
+        read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
         for node, module in [(node, module_of(node, root)) for node in graph.find_nodes(op="call_module")]:
             if module is None or not module._forward_pre_hooks or not _is_alone(module):
+                continue
+            if any(f"{node.target}.{name}" in read for name in _own(module)):
                 continue
             norms = " and ".join(dict.fromkeys(type(hook).__name__ for hook in module._forward_pre_hooks.values()))
             what, made = f"{described(node, root)} under {norms}", f"{kind(node, root)} with its weight"
@@ -63,6 +67,16 @@ def _is_alone(module: nn.Module) -> bool:
     return norms and own and not others
 
 
+def _own(module: nn.Module) -> list[str]:
+    """The parameters and buffers that go with the hooks."""
+    return [name for hook in module._forward_pre_hooks.values() for name in _read_by(hook)]
+
+
+def _read_by(hook: Any) -> list[str]:
+    """What a hook computes a weight from."""
+    return [f"{hook.name}{end}" for end in (("_orig", "_u", "_v") if isinstance(hook, SpectralNorm) else ("_g", "_v"))]
+
+
 def _without_hooks(module: nn.Module) -> nn.Module:
     """The module with its weights as they are in eval mode, in float64."""
     held: dict[str, Any] = {**module._parameters, **module._buffers}
@@ -73,7 +87,7 @@ def _without_hooks(module: nn.Module) -> nn.Module:
         spectral = isinstance(hook, SpectralNorm)
         with torch.no_grad():
             weight = hook.compute_weight(given, *((False,) if spectral else ()))
-        gone = [f"{hook.name}{end}" for end in (("_orig", "_u", "_v") if spectral else ("_g", "_v"))]
+        gone = _read_by(hook)
         wide = {**{name: value for name, value in wide.items() if name not in gone}, hook.name: weight}
     return _with(module, wide)
 

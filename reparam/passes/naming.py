@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection
 
@@ -34,25 +35,30 @@ class Names:
         for node in graph.nodes:
             if node.op not in ("call_module", "get_attr"):
                 continue
-            if node in going or (node.op == "get_attr" and all(user in going for user in node.users)):
+            gone = node in going or (node.op == "get_attr" and all(user in going for user in node.users))
+            if gone and node.op == "get_attr":
                 continue
-            parts = str(node.target).split(".")
-            self._used.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+            # Until all new layers stand, those that go are looked at: the modules that hold them stay where they are.
+            self._used.update(_path(str(node.target))[: -1 if gone else None])
+        self._made: set[str] = set()
 
     def for_cone(self, cone: list[fx.Node], root: nn.Module, count: int) -> list[str]:
         """`count` names, marked as used."""
         wanted = sorted((self._candidate(node, root) for node in cone), key=lambda c: (-c[0], c[1]))
         names: list[str] = []
         for _ in range(count):
-            base = next((name for _, name in wanted if name and not self._used[name]), None)
-            if base is None:
-                stem = next((name for _, name in wanted if name), cone[-1].name)
-                index = 0
-                while self._used[base := f"{stem}_fused{index or ''}"]:
-                    index += 1
-            self._used[base] += 1
+            stem = next((name for _, name in wanted if name), cone[-1].name)
+            numbered = (f"{stem}_fused{index or ''}" for index in itertools.count())
+            known = (name for _, name in wanted if name)
+            base = next(name for name in itertools.chain(known, numbered) if self._is_free(name))
+            # No new layer may stand inside of another one, or in the place of the module that holds it.
+            self._used.update(_path(base))
+            self._made.add(base)
             names.append(base)
         return names
+
+    def _is_free(self, name: str) -> bool:
+        return not self._used[name] and self._made.isdisjoint(_path(name))
 
     @staticmethod
     def _candidate(node: fx.Node, root: nn.Module) -> tuple[int, str]:
@@ -64,3 +70,9 @@ class Names:
             return 0, ""
         size, weight = max(sizes, key=lambda pair: pair[0])
         return size, str(weight.target).rpartition(".")[0]
+
+
+def _path(name: str) -> list[str]:
+    """A qualified name, after the names of all modules that it is in."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -38,6 +38,15 @@ def test_an_input_on_another_device_is_refused() -> None:
         reparam.fuse(small(), torch.randn(1, 3, 8, 8, device="meta"))
 
 
+def test_sparse_tensors_are_refused() -> None:
+    model = small()
+    with pytest.raises(InputError, match=r"^an example input is a sparse_coo tensor; make it a dense one"):
+        reparam.fuse(model, torch.randn(1, 3, 8, 8).to_sparse(), verify=False)
+    model.register_buffer("links", torch.eye(3).to_sparse())
+    with pytest.raises(InputError, match=r"^links is a sparse_coo tensor; make it a dense one, with \.to_dense\(\)$"):
+        reparam.fuse(model, torch.randn(1, 3, 8, 8), verify=False)
+
+
 def test_no_module_is_refused() -> None:
     with pytest.raises(InputError, match=r"expected a torch\.nn\.Module, got int"):
         reparam.fuse(3, torch.randn(1))  # type: ignore[arg-type]

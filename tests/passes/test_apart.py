@@ -109,6 +109,23 @@ def test_too_few_channels_fail_as_before_and_too_many_are_taken() -> None:
                 one(IMAGE[:, :channels])
 
 
+SLICED: dict[str, tuple[Normalise, tuple[int, ...]]] = {
+    "rows_of_the_batch": (lambda m, x: torch.cat([x[0:1] * 2 + 1, x[1:2] * 3], 0), (1, 3, 9, 10)),
+    "columns": (lambda m, x: torch.cat([x[:, :, :, 0:2] * 2, x[:, :, :, 2:10] * 3], 3), (2, 3, 9, 4)),
+    "channels_that_nobody_counts": (lambda m, x: torch.cat([x[:, 0:1] * 2, x[:, 1:3] * 3], 1), (2, 2, 9, 10)),
+}
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices_may_be_shorter_on_another_input(name: str) -> None:
+    way, shape = SLICED[name]
+    model = Lambda(lambda m, x: torch.sin(way(m, x))).double().eval()
+    result = reparam.fuse(model, IMAGE)
+    assert result.report.undone == ()
+    for x in (IMAGE, torch.randn(shape, dtype=torch.float64)):
+        assert relative_error(model(x), result.module(x)) < 1e-14
+
+
 STAYS: dict[str, Normalise] = {
     "another_order": lambda m, x: torch.cat([x[:, 1:2] * 2, x[:, 0:1], x[:, 2:3]], 1),
     "twice_the_same": lambda m, x: torch.cat([x[:, 0:1] * 2, x[:, 0:1], x[:, 2:3]], 1),

@@ -208,6 +208,24 @@ def test_weights_that_hooks_compute_are_computed_once(name: str) -> None:
     assert all(torch.allclose(value, before[key].to(value.dtype)) for key, value in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_what_a_hook_computes_a_weight_from_stays_if_the_forward_reads_it_too(name: str) -> None:
+    torch.manual_seed(0)
+    read = {"weight_norm": "weight_g", "spectral_norm": "weight_orig"}[name]
+    parts = {"c": HOOKS[name](conv()), "d": HOOKS[name](conv()), "n": nn.BatchNorm2d(4)}
+    model = built(lambda m, x: torch.tanh(m.n(m.c(x))) + m.d(x) * getattr(m.c, read).sum(), **parts)
+    result = reparam.fuse(model, X)
+    assert [bool(getattr(result.module, part)._forward_pre_hooks) for part in "cd"] == [True, False]
+    assert relative_error(model(X), result.module(X)) < 1e-14
+
+
+def test_sparse_tensors_are_no_constants() -> None:
+    model = built(lambda m, x: torch.sparse.mm((m.a * 2).to_sparse(), m.c(x[0])), a=torch.eye(9), c=nn.Linear(4, 3))
+    result = reparam.fuse(model, TOKENS)
+    assert relative_error(model(TOKENS), result.module(TOKENS)) < 1e-14
+
+
 def test_in_float32_a_constant_is_rounded_once() -> None:
     torch.manual_seed(0)
     model = built(bias_table, table=nn.Parameter(torch.randn(25, 2)), index=INDEX).float()
