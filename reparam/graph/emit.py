@@ -316,10 +316,13 @@ def _may_underflow(rounded: torch.Tensor) -> bool:
 
     Where an element reaches 4 tiny / eps, no row that counts (see `_underflow`) can be subnormal, however long it is.
     """
-    if rounded.dtype == torch.float64 or rounded.dim() < 2:
+    if rounded.dtype == torch.float64 or rounded.dim() < 2 or not rounded.numel():
         return False
-    info, magnitude = torch.finfo(rounded.dtype), rounded.abs()
-    return float(magnitude.max()) < 4.0 * info.tiny / info.eps and bool((magnitude < info.tiny).any())
+    info = torch.finfo(rounded.dtype)
+    low, high = rounded.aminmax()  # no copy: weights may be large
+    if max(-float(low), float(high)) >= 4.0 * info.tiny / info.eps:
+        return False
+    return bool((rounded.abs() < info.tiny).any())
 
 
 def _underflow(rounded: torch.Tensor, exact: torch.Tensor) -> str:
