@@ -99,7 +99,8 @@ class CostModel:
         out = info(node)
         if out is None or node.op in ("placeholder", "output", "get_attr"):
             return Cost()
-        sources = [tensor for other in node.all_input_nodes if (tensor := info(other)) is not None]
+        read = [other for other in node.all_input_nodes if not _is_vector_of_weights(other)]
+        sources = [tensor for other in read if (tensor := info(other)) is not None]
         moved = sum(t.numel * t.dtype.itemsize for t in (*sources, out))
         module = module_of(node, root)
         if module is not None:
@@ -162,6 +163,12 @@ def cost_model(objective: str, machine: str) -> CostModel:
     if machine not in MACHINES:
         raise InputError(f"machine {machine!r} is not known; choose among {', '.join(MACHINES)}")
     return CostModel(MACHINES[machine], objective)
+
+
+def _is_vector_of_weights(node: fx.Node) -> bool:
+    """One number for each channel, which costs the same as in a module: nothing."""
+    tensor = info(node)
+    return node.op == "get_attr" and tensor is not None and tensor.numel == max(tensor.shape, default=1)
 
 
 def output_numel(geometry: Geometry, source: TensorInfo, axis: int) -> int:

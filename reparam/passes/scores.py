@@ -194,23 +194,29 @@ def _rows(way: _Way, axis: int, sizes: Sizes) -> torch.Tensor | Inexact:
     assert tensor is not None
     if all(len(node.users) == 1 for node in way.chain):
         return torch.arange(tensor.shape[axis])
-    dims = sizes.dims(way.layer)
-    atoms = dict.fromkeys(atom for size in dims for atom in size.atoms)
-    found: list[torch.Tensor] = []
-    for factor in (1, 2):
-        known = {atom: factor * value for atom in atoms if (value := example_size(atom)) is not None}
-        rows = _rows_at(way, axis, known, sizes)
+    known = {
+        atom: value
+        for size in sizes.dims(way.layer)
+        for atom in size.atoms
+        if (value := example_size(atom)) is not None
+    }
+    unknown = Inexact("which rows of the layer it scales cannot be told")
+    rows = _rows_at(way, axis, known, sizes) or unknown
+    for doubled in (known, *({atom} for atom in known)):
         if isinstance(rows, Inexact):
-            return rows
-        found.append(rows)
-    if not torch.equal(*found):
-        return Inexact("which rows of the layer it scales depends on the sizes of the input")
-    return found[0]
+            break
+        there = _rows_at(way, axis, {atom: value * (1 + (atom in doubled)) for atom, value in known.items()}, sizes)
+        if isinstance(there, Inexact):
+            return there
+        # Where the chain does not run the model does not either, as when an export has fixed that size.
+        if there and not torch.equal(there[0], rows[0]):
+            return Inexact("which rows of the layer it scales depends on the sizes of the input")
+    return rows if isinstance(rows, Inexact) else rows[0]
 
 
-def _rows_at(way: _Way, axis: int, known: dict[Atom, int], sizes: Sizes) -> torch.Tensor | Inexact:
-    """The same for certain sizes."""
-    why = Inexact("which rows of the layer it scales cannot be told")
+def _rows_at(way: _Way, axis: int, known: dict[Atom, int], sizes: Sizes) -> tuple[torch.Tensor] | Inexact | None:
+    """The same for certain sizes; None where the chain does not run with them."""
+    unknown = Inexact("which rows of the layer it scales cannot be told")
 
     def number(argument: fx.Node) -> int:
         size = sizes.value(argument)
@@ -238,14 +244,16 @@ def _rows_at(way: _Way, axis: int, known: dict[Atom, int], sizes: Sizes) -> torc
                 rest = [user for user in source.users if user is not node and not _reads_sizes(user)]
                 others += [made(user, source, value) for user in rest]
             value = after
+    except LookupError:
+        return unknown
     except Exception:
-        return why
+        return None
     if not isinstance(value, torch.Tensor) or not all(isinstance(other, torch.Tensor) for other in others):
-        return why
+        return unknown
     rows: torch.Tensor = value.unique().long()
     if any(bool(torch.isin(other, rows).any()) for other in others):
         return Inexact("other operations read the same channels of the layer it would go into")
-    return rows
+    return (rows,)
 
 
 def _reads_sizes(node: fx.Node) -> bool:
