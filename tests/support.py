@@ -1,4 +1,4 @@
-"""What the tests measure with, independent of the engine: errors between outputs, and counts of operations.
+"""What the tests measure with, independent of the engine: errors between outputs, counts of operations, samples.
 
 Operations are counted twice, by two means that cannot share a mistake: `static_counts` reads modules and graphs,
 `executed_counts` runs the module and looks at what the dispatcher is asked to do.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import fx, nn
 from torch.nn.modules import batchnorm, conv, dropout
@@ -189,3 +190,12 @@ def assert_unchanged(before: dict[str, Any], module: nn.Module) -> None:
         now, now_pointer, now_grad = after["tensors"][name]
         assert torch.equal(tensor.nan_to_num(), now.nan_to_num()), f"{name} was written to"
         assert (pointer, grad) == (now_pointer, now_grad), f"{name} was replaced"
+
+
+def sampled(cases: Sequence[Any], every: int) -> list[Any]:
+    """Parameters of a test: every so manieth of the cases by default, the others by `-m slow`."""
+    found = []
+    for number, case in enumerate(cases):
+        marks = () if number % every == 0 else pytest.mark.slow
+        found.append(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks))
+    return found

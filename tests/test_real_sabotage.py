@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import reparam
+from tests.support import sampled
 from tools.faults import FAULTS, once, rewrites_sabotaged
 from tools.sabotage import MODELS, START, model_of
 
@@ -23,7 +24,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(sorted(MODELS, key="lcnet_035".__ne__), len(MODELS)))
 def test_every_rewrite_at_fault_is_named_and_undone(name: str) -> None:
     model, x = model_of(name)
     with rewrites_sabotaged(once(list(FAULTS.values()), START)) as injected:

@@ -103,6 +103,7 @@ def markdown(rows: Sequence[Row], version: str, timm_version: str, known: int) -
         "",
         f"`python tools/capture_zoo.py`, torch {torch.__version__}, timm {timm_version}, reparam at {version}.",
         "",
+        *sweep.engines(rows),
         f"{sum(bool(row.way) for row in rows)} of {len(rows)} models that were tried are captured; timm has {known}. "
         "By sizes: lines where Python decides by the size of a tensor, which the fused model checks.",
         "",
@@ -119,13 +120,18 @@ def markdown(rows: Sequence[Row], version: str, timm_version: str, known: int) -
         )
     failed = [row for row in rows if not row.way]
     if failed:
-        lines += ["", "Not captured:", "", *(f"- {row.model}: {row.error}" for row in failed)]
+        lines += [
+            "",
+            "Not captured:",
+            "",
+            *(f"- {row.title}: {row.error}" for row in failed),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def load(version: str) -> dict[str, Row]:
-    """The rows of an earlier run of the same engine."""
-    return sweep.load_rows(OUT / "capture.json", version, Row)
+def load(version: str, older: bool = False) -> dict[str, Row]:
+    """The rows of an earlier run."""
+    return sweep.load_rows(OUT / "capture.json", version, Row, older)
 
 
 def save(rows: Mapping[str, Row], version: str, timm_version: str) -> None:
@@ -147,7 +153,7 @@ def main() -> int:
     args = sweep.arguments(__doc__).parse_args()
     timm = timm_zoo.import_timm()
     version = engine_revision()
-    rows = sweep.kept(load(version), args)
+    rows = sweep.kept(load(version, args.keep_older), args)
     names = sweep.missing(timm.list_models(), rows, args)
     made = sweep.each(captured, names, args.jobs, LIMIT, lost)
     return sweep.run(made, len(names), rows, lambda held: save(held, version, timm.__version__), SAVE_EVERY)

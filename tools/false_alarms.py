@@ -1,7 +1,7 @@
 """Fuses every model of timm in float32, float16 and bfloat16 with the usual verification, and lists its alarms.
 
     python tools/false_alarms.py [--models REGEX] [--dtypes float32,float16,bfloat16] [--most-parameters 1e8] [--jobs 2]
-        [--seconds S] [--limit 300] [--out FOLDER] [--again failed]
+        [--seconds S] [--limit 300] [--out FOLDER] [--again failed] [--keep-older]
 
 The algebra of every fused model is also held against the original in float64 by this script's own comparison: where
 that agrees to 1e-9 and verification has raised an alarm (the model was refused, or a rewrite undone), the alarm was
@@ -9,9 +9,10 @@ false; where it does not agree, the alarm was right, and if there was none, a fa
 overflows, or whose own rounding noise in a dtype is as large as its answers, is counted apart: nothing can be told
 there, whoever asks.
 
-Weights are random, BatchNorms are calibrated, images as small as 64 x 64 where the model takes them. Models go by size,
-smallest first. Results go to `false_alarms.json` and `.md`: a run that was stopped goes on where it was, unless the
-engine has changed since. Exit status 1 if there is an alarm or a missed fault.
+Weights are random, BatchNorms are calibrated, images as small as 64 x 64 where the model takes them. The smallest model
+of each family goes first, then the others, by size. Results go to `false_alarms.json` and `.md`: a run that was stopped
+goes on where it was, unless the engine has changed since. With `--keep-older` rows of an older engine stay, and the
+table says so. Exit status 1 if there is an alarm or a missed fault.
 """
 
 from __future__ import annotations
@@ -190,6 +191,15 @@ def sizes(jobs: int) -> dict[str, int]:
         return dict(pool.imap_unordered(size, timm_zoo.import_timm().list_models(), chunksize=16))
 
 
+def in_turn(sizes: Mapping[str, int], most: float) -> list[str]:
+    """The models of up to so many parameters: the smallest of each family, then the others, by size."""
+    by_size = sorted((size, name) for name, size in sizes.items() if size <= most)
+    first: dict[str, str] = {}
+    for _, name in by_size:
+        first.setdefault(timm_zoo.family(name), name)
+    return [*first.values(), *(name for _, name in by_size if name not in first.values())]
+
+
 def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
     """The totals, the closest calls, and one line for each alarm."""
     dtypes = [dtype for dtype in DTYPES if any(dtype in row.verdicts for row in rows)]
@@ -199,7 +209,9 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         f"`python tools/false_alarms.py`, torch {facts['torch']}, timm {facts['timm']}, reparam at {facts['reparam']}, "
         f"{facts['hardware']}.",
         "",
-        f"{len(rows)} of timm's {len(facts['sizes'])} models were tried, up to "
+        *sweep.engines(rows),
+        f"{len(rows)} of timm's {len(facts['sizes'])} models were tried, of "
+        f"{len({row.family for row in rows if not row.error})} families, up to "
         f"{max((row.parameters for row in rows), default=0) / 1e6:.0f} million parameters. "
         f"{sum(row.exact for row in rows)} fused models are exact in float64 by this script's own comparison "
         f"(1e-9), and {sum(bool(row.error) for row in rows)} could not be asked. Drowned: exact, but the original's "
@@ -237,10 +249,10 @@ def _alarms(rows: Sequence[Row], dtypes: Sequence[str]) -> Iterator[str]:
         noise = "not finite" if verdict["noise"] is None else f"{verdict['noise']:.2g}"
         exact = "not finite" if row.float64_error is None else f"{row.float64_error:.1e}"
         figures = f"float64 error {exact}, the original's noise {noise}"
-        yield f"- {row.model}, {dtype}: {row.outcome(dtype)} ({figures}): {verdict['said'].replace('|', '/')}"
+        yield f"- {row.title}, {dtype}: {row.outcome(dtype)} ({figures}): {verdict['said'].replace('|', '/')}"
     broken = [row for row in rows if row.error]
     if broken:
-        yield from ("", "Could not be asked:", "", *(f"- {row.model}: {row.error}" for row in broken))
+        yield from ("", "Could not be asked:", "", *(f"- {row.title}: {row.error}" for row in broken))
 
 
 def _median(values: Iterable[float]) -> float | None:
@@ -294,9 +306,8 @@ def main() -> int:
         "hardware": hardware_name(torch.device("cpu")),
         "sizes": known,
     }
-    rows = sweep.kept(sweep.load_rows(path, facts["reparam"], Row), args)
-    by_size = sorted((size, name) for name, size in known.items() if size <= args.most_parameters)
-    names = sweep.missing([name for _, name in by_size], rows, args)
+    rows = sweep.kept(sweep.load_rows(path, facts["reparam"], Row, args.keep_older), args)
+    names = sweep.missing(in_turn(known, args.most_parameters), rows, args)
 
     def in_time() -> Iterator[str]:
         for name in names:

@@ -30,7 +30,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,6 @@ class Row(sweep.ModelRow):
         fuse_seconds: of the float32 stage, without its verification.
         seconds: by stage.
         failures: by stage, one line each.
-        engine: revision of reparam, where it is not that of the whole table.
     """
 
     parameters: int = 0
@@ -103,7 +102,6 @@ class Row(sweep.ModelRow):
     fuse_seconds: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
-    engine: str = ""
 
     @property
     def exact(self) -> bool:
@@ -298,7 +296,7 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         f"`python tools/fuse_families.py`, torch {facts['torch']}, timm {facts['timm']}, "
         f"reparam at {facts['reparam']}.",
         "",
-        *_engines(rows),
+        *sweep.engines(rows),
         *_totals(rows, len(facts["smallest"])),
         "",
         "Counts are before → after; operations are nodes of the graph. float32 and ONNX: error of the fused model / "
@@ -317,13 +315,6 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
             noise = f" (noise {_short(row.float32_noise)})"
             lines += [f"- {row.family}, {row.model}, {stage}: {why}{noise}" for stage, why in row.failures.items()]
     return "\n".join(lines) + "\n"
-
-
-def _engines(rows: Sequence[Row]) -> list[str]:
-    """Which rows are of an older engine."""
-    older = {row.engine: [other.model for other in rows if other.engine == row.engine] for row in rows if row.engine}
-    said = [f"{len(models)} rows are of {engine}" for engine, models in older.items()]
-    return [f"Not measured again since: {'; '.join(said)} (marked †).", ""] if said else []
 
 
 def _totals(rows: Sequence[Row], families: int) -> list[str]:
@@ -356,7 +347,7 @@ def _table_line(row: Row) -> str:
     onnx = _figures(row.onnx_passed, row.onnx_error, row.onnx_noise) + ("*" if row.onnx_notes else "")
     cells = [
         row.family,
-        row.model + ("†" if row.engine else "") + ("°" if row.calm else ""),
+        row.title + ("°" if row.calm else ""),
         row.image,
         row.way,
         *counts,
@@ -378,13 +369,8 @@ def _short(value: float | None) -> str:
 
 
 def load(version: str, older: bool = False) -> dict[str, Row]:
-    """The rows of an earlier run of the same engine; with `older` also those of another one, which they then name."""
-    path = OUT / "families.json"
-    if not older or not path.exists():
-        return sweep.load_rows(path, version, Row)
-    held = json.loads(path.read_text())["reparam"]
-    rows = sweep.load_rows(path, held, Row)
-    return rows if held == version else {name: replace(row, engine=row.engine or held) for name, row in rows.items()}
+    """The rows of an earlier run."""
+    return sweep.load_rows(OUT / "families.json", version, Row, older)
 
 
 def save(rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:
@@ -397,7 +383,6 @@ def save(rows: Mapping[str, Row], facts: Mapping[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = sweep.arguments(__doc__)
     parser.add_argument("--limit", type=float, metavar="SECONDS", default=LIMIT, help="for one model")
-    parser.add_argument("--keep-older", action="store_true", help="keep rows of an older engine, and say so")
     return parser.parse_args()
 
 

@@ -10,8 +10,9 @@ import contextlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -25,10 +26,22 @@ GOODBYE = 10.0
 
 @dataclass(frozen=True)
 class ModelRow:
-    """What is known about one model: timm's name, and the source file that defines it."""
+    """What is known about one model.
+
+    Attributes:
+        model: timm's name.
+        family: the source file that defines it.
+        engine: revision of reparam, where it is not that of the whole table.
+    """
 
     model: str
     family: str
+    engine: str = field(default="", kw_only=True)
+
+    @property
+    def title(self) -> str:
+        """The model's name as a table shows it."""
+        return self.model + ("†" if self.engine else "")
 
     @property
     def failed(self) -> bool:
@@ -145,6 +158,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--models", metavar="REGEX", default="", help="only models whose names match")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--again", choices=("failed",), help="try these again although they are in the file")
+    parser.add_argument("--keep-older", action="store_true", help="keep rows of an older engine, and say so")
     return parser
 
 
@@ -174,12 +188,22 @@ def run(
     return 1 if any(row.failed for row in rows.values()) else 0
 
 
-def load_rows(path: Path, version: str, make: Callable[..., R]) -> dict[str, R]:
-    """The rows of an earlier run of the same engine."""
+def load_rows(path: Path, version: str, make: Callable[..., R], older: bool = False) -> dict[str, R]:
+    """The rows of an earlier run of the same engine; with `older` also those of another one, which they then name."""
     if not path.exists():
         return {}
     held = json.loads(path.read_text())
-    return {row["model"]: make(**row) for row in held["rows"]} if held["reparam"] == version else {}
+    rows = {row["model"]: make(**row) for row in held["rows"]}
+    if held["reparam"] == version:
+        return rows
+    return {name: replace(row, engine=row.engine or held["reparam"]) for name, row in rows.items()} if older else {}
+
+
+def engines(rows: Sequence[ModelRow]) -> list[str]:
+    """A paragraph of Markdown that tells which rows are of an older engine; nothing if none is."""
+    older = Counter(row.engine for row in rows if row.engine)
+    said = [f"{count} rows are of {engine}" for engine, count in older.items()]
+    return [f"Not measured again since: {'; '.join(said)} (marked †).", ""] if said else []
 
 
 def ordered(rows: Mapping[str, R]) -> list[R]:

@@ -34,9 +34,9 @@ def _of_samples(measured: Measured) -> Iterator[str]:
     if measured.partial:
         yield f"the measurement was interrupted after {runs} complete round(s); run it again for full figures"
     if runs < FEW_RUNS:
-        yield f"only {runs} paired run(s) were taken; raise max_seconds or make the example inputs smaller"
+        yield f"only {runs} paired run(s) were taken; measure for longer or make the example inputs smaller"
     if not measured.stable:
-        yield "the latencies had not settled when warm-up ended; raise max_seconds"
+        yield "the latencies had not settled when warm-up ended; measure for longer"
     for label, samples in measured.samples.items():
         change = statistics.drift(samples)
         if abs(change) > DRIFT:

@@ -165,7 +165,7 @@ def _other_objective(now: Cost, merged: Cost, model: CostModel) -> str:
     """The objective under which the merged form would be chosen, if there is one."""
     for objective in OBJECTIVES:
         if objective != model.objective and _chosen(merged, now, CostModel(model.machine, objective)):
-            return f"choose objective='{objective}'"
+            return f"choose the objective {objective}"
     return ""
 
 

@@ -21,7 +21,16 @@ from reparam.graph.nodes import module_of
 from reparam.passes import moves
 from reparam.passes.collapse import Collapse
 from reparam.passes.inference_form import InferenceForm
-from tests.support import EXACT, assert_unchanged, executed_counts, relative_error, run, snapshot, static_counts
+from tests.support import (
+    EXACT,
+    assert_unchanged,
+    executed_counts,
+    relative_error,
+    run,
+    sampled,
+    snapshot,
+    static_counts,
+)
 from tests.zoo.case import BATCH_NORM, CONV_TRANSPOSE, conv, in_dtype
 from tests.zoo.trap import Lambda
 from tools import timm_zoo
@@ -613,7 +622,7 @@ def test_exact_and_as_expected(case: Case) -> None:
     assert len(places) == len(set(places)), refusals
 
 
-@pytest.mark.parametrize("case", ALL, ids=by_name)
+@pytest.mark.parametrize("case", sampled(ALL, 3), ids=by_name)
 def test_no_operation_is_added(case: Case) -> None:
     model, (x, *_) = case.make(), case.inputs()
     with_moves = reparam.fuse(model, x, verify=False).module
@@ -622,7 +631,7 @@ def test_no_operation_is_added(case: Case) -> None:
     assert called[0] <= called[1]
 
 
-@pytest.mark.parametrize("case", ALL, ids=by_name)
+@pytest.mark.parametrize("case", sampled(ALL, 3), ids=by_name)
 def test_fusing_again_changes_nothing(case: Case) -> None:
     model, (x, *_) = case.make(), case.inputs()
     once = reparam.fuse(model, x, verify=False)

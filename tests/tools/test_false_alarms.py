@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from tools import false_alarms
-from tools.false_alarms import Row, markdown
+from tools.false_alarms import Row, in_turn, markdown
 
 
 def verdict(passed: bool | None = True, undone: int = 0, noise: float | None = 1e-6, said: str = "") -> dict[str, Any]:
@@ -57,3 +58,10 @@ def test_table_counts_and_lists_what_does_not_agree() -> None:
     assert "| float32 | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 2 | 0.4 | 10 |" in text
     assert "- b, float32: false alarm (float64 error 1.0e-12, the original's noise 1e-06): too / far" in text
     assert "- c: it was killed" in text
+
+
+def test_the_smallest_of_each_family_goes_first() -> None:
+    sizes = {"resnet18": 12, "resnet10t": 5, "vgg11": 130, "lcnet_035": 2, "lcnet_050": 3, "vgg19": 140}
+    first = ["lcnet_035", "resnet10t", "vgg11"]
+    assert in_turn(sizes, math.inf) == [*first, "lcnet_050", "resnet18", "vgg19"]
+    assert in_turn(sizes, 100) == [*first[:2], "lcnet_050", "resnet18"]

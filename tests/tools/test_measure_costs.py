@@ -51,6 +51,7 @@ def test_the_constants_are_those_that_were_measured() -> None:
         assert MACHINES[NAMES[result.runtime]] == result.machine, f"paste:\n{as_python(result)}"
 
 
+@pytest.mark.slow
 def test_fitting_again_to_the_measured_layers_changes_nothing() -> None:
     """The fitted constants follow from the times in the file; a result that lacks a constant is left alone."""
     names = FACTS["constants"].split(",")

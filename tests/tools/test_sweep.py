@@ -106,3 +106,16 @@ def test_rows_on_file_are_those_of_the_same_engine(tmp_path: Path) -> None:
     sweep.save_rows(path, {"reparam": "abc"}, rows)
     assert sweep.load_rows(path, "abc", Row) == {row.model: row for row in rows}
     assert sweep.load_rows(path, "def", Row) == {}
+
+
+def test_rows_of_an_older_engine_are_kept_on_request_and_marked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    sweep.save_rows(path, {"reparam": "abc"}, [Row("a", "x", 7), Row("b", "x", engine="older")])
+    rows = sweep.load_rows(path, "def", Row, older=True)
+    assert {name: row.engine for name, row in rows.items()} == {"a": "abc", "b": "older"}
+    assert [row.title for row in rows.values()] == ["a†", "b†"]
+    assert sweep.engines(list(rows.values()))[0] == (
+        "Not measured again since: 1 rows are of abc; 1 rows are of older (marked †)."
+    )
+    assert sweep.load_rows(path, "abc", Row, older=True)["a"] == Row("a", "x", 7)
+    assert sweep.engines([Row("a", "x", 7)]) == []
