@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,7 @@ def _translate(plan: Plan, program: torch.export.ExportedProgram, names: list[st
             assert exported is not None
             # The exporter's own optimisation may put a constant behind its first reader.
             exported.model.graph.sort()
+            _with_all_constants(exported.model.graph)
             _without_copies(exported.model)
             proto: onnx.ModelProto = exported.model_proto
     except ModuleNotFoundError as error:
@@ -146,6 +148,22 @@ def _translate(plan: Plan, program: torch.export.ExportedProgram, names: list[st
             f"opset {plan.opset} is not possible for this model, the exporter stays at {got}; choose {got} or none"
         )
     return proto
+
+
+def _with_all_constants(graph: Any) -> None:
+    """Holds the constants that nodes read and the exporter's optimisation has left out of the graph's own."""
+    nodes = list(graph.all_nodes())
+    made = {value.name for node in nodes for value in node.outputs} | {value.name for value in graph.inputs}
+    for value in {id(value): value for node in nodes for value in node.inputs if value is not None}.values():
+        if value.producer() is None and value.const_value is not None and not value.is_initializer():
+            taken = made | set(graph.initializers)
+            value.name = next(name for name in _names(value.name) if name not in taken)
+            graph.register_initializer(value)
+
+
+def _names(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in count(1))
 
 
 def _without_copies(model: Any) -> None:

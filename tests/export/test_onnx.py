@@ -485,3 +485,19 @@ def test_attention_on_any_number_of_axes(shape: tuple[int, ...], masked: str, tm
     assert file.checked
     other = torch.randn(shape[0] + 1, *shape[1:], generator=generator)
     torch.testing.assert_close(OnnxSession(file.path)(other), model(other), rtol=1e-4, atol=1e-5)
+
+
+def test_constants_that_the_exporter_left_out_are_held() -> None:
+    """Its optimisation may fold a chain into a value that no node makes and the graph does not hold."""
+    x, lost, held = (ir.Value(name=name) for name in ("x", "bound", "bound"))
+    lost.const_value, held.const_value = (ir.tensor(np.float32(number), name="bound") for number in (6.0, 0.0))
+    for value in (x, lost, held):
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([2] if value is x else [])
+    clip = ir.node("Clip", [x, held, lost], name="clip")
+    clip.outputs[0].type, clip.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([2])
+    graph = ir.Graph([x], clip.outputs, nodes=[clip], initializers=[held], opset_imports={"": 20})
+    _with_all_constants(graph)
+    proto = ir.to_proto(ir.Model(graph, ir_version=10))
+    onnx.checker.check_model(proto, full_check=True)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.array([-1.0, 9.0], np.float32)})[0].tolist() == [0.0, 6.0]
