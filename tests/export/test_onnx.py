@@ -7,7 +7,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
@@ -19,6 +22,7 @@ from reparam.export import OnnxFile, OnnxSession, export_onnx, program
 from reparam.export import simplify as simplify_module
 from reparam.export import staged as staged_module
 from reparam.export.check import check_weights, disagreement, rounding_of
+from reparam.export.proto import _with_all_constants
 from reparam.export.shapes import Probe, tensor_leaves
 from reparam.inputs import Inputs
 from tests.export import nets
@@ -495,7 +499,7 @@ def test_constants_that_the_exporter_left_out_are_held() -> None:
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([2] if value is x else [])
     clip = ir.node("Clip", [x, held, lost], name="clip")
     clip.outputs[0].type, clip.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([2])
-    graph = ir.Graph([x], clip.outputs, nodes=[clip], initializers=[held], opset_imports={"": 20})
+    graph = ir.Graph([x], clip.outputs, nodes=[clip], initializers=[held], opset_imports={"": 20}, name="clips")
     _with_all_constants(graph)
     proto = ir.to_proto(ir.Model(graph, ir_version=10))
     onnx.checker.check_model(proto, full_check=True)
