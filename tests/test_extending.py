@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import reparam
 from reparam import algebra
 
@@ -31,6 +33,7 @@ def test_blocks_run_as_printed() -> None:
     assert lines[3].startswith("1 rewrite(s) of Block at fault, the first at norm")
 
 
+@pytest.mark.slow
 def test_blocks_can_fail() -> None:
     """Without the formula, the page's own assertions stop the program."""
     program = "\n".join(BLOCKS)

@@ -317,6 +317,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_drop_paths_of_real_families(name: str) -> None:
     model = timm_zoo.create(name, **FAMILIES[name])

@@ -16,6 +16,7 @@ import reparam
 from reparam import lazy
 from reparam.equivalence.precision import PrivateCopy, private_copy, run
 from reparam.inputs import Inputs
+from tests.support import sampled
 
 ROOT = Path(__file__).resolve().parent.parent
 measurable = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory figures")
@@ -34,7 +35,7 @@ def measured(name: str, way: str) -> dict[str, float]:
 @measurable
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("linear-bn", "memory, off"), ("bn-linear", "memory, off"), ("linear-bn", "memory, quick")],
+    sampled([("linear-bn", "memory, quick"), ("bn-linear", "memory, off"), ("linear-bn", "memory, off")], 3),
 )
 def test_fusing_needs_no_wide_copy(name: str, way: str) -> None:
     assert measured(name, way)["bounded"] <= LIMIT_WITH_SLACK

@@ -49,6 +49,7 @@ def test_the_list_is_whole() -> None:
     assert len(notes.ORDERS) == 5
 
 
+@pytest.mark.slow
 def test_all_are_verified_and_nothing_idle_is_left(whole: Any) -> None:
     _, result, _, _ = whole
     assert result.report.comparison.passed

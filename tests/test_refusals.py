@@ -255,7 +255,7 @@ def real(name: str) -> Fused:
     return Fused(result.module, result.report.refusals)
 
 
-@pytest.mark.parametrize("name", list(REAL))
+@pytest.mark.parametrize("name", sampled(list(REAL), 4))
 def test_real_models(name: str) -> None:
     fused = real(name)
     check(fused)

@@ -14,7 +14,8 @@ share what chance did.
 
 A slice whose own noise is small by luck, or because its values cancel to nearly nothing, is granted the noise that is
 typical of its peers: the median of noise over scale times its own scale, and the (lower) medians of noise and of scale.
-They are medians and not maxima, so a few huge or noisy channels lend nothing to the others.
+They are medians and not maxima, so a few huge or noisy channels lend nothing to the others. Of a handful of values (the
+two of five logits that a ReLU left) there is no median to speak of; their floor is that of the tensor's RMS.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def judge(
         typical: noise over scale that is known to be typical of this output, from other inputs.
         paired: whether both errors are of the same kernels.
         by_peers: whether the floor of a slice of fewer than `FEW_ELEMENTS` is that of its peers, if that is larger: one
-            logit of a thousand is nearly zero by chance, which says nothing of the terms it was summed from.
+            logit of a thousand is nearly zero by chance, which says nothing of the terms it was summed from. Of
+            fewer than `FEW_ELEMENTS` single values it is that of the tensor, whatever `by_peers` says.
     """
     luck = math.exp(LUCK_DEVIATIONS / math.sqrt(max(samples, 1)))
     elements = math.prod(rms.numel() for rms, _ in truth.slices)
@@ -143,9 +145,12 @@ def judge(
     for axis, (errors, noises, truths) in enumerate(zip(error.slices, noise.slices, truth.slices, strict=True)):
         if errors[0].numel() < 2:
             continue
-        few = by_peers and elements // errors[0].numel() < FEW_ELEMENTS
+        in_each = elements // errors[0].numel()
+        handful = in_each == 1 and int((truths[0] > 0).sum()) < FEW_ELEMENTS
+        few = by_peers and in_each < FEW_ELEMENTS
         for kind in (0, 1):
-            least = floor * truths[kind].clamp_min(float(truths[kind].median()) if few else 0.0)
+            peers = truth.rms if handful else float(truths[kind].median()) if few else 0.0
+            least = floor * truths[kind].clamp_min(peers)
             bars = _noise_bars(truths[kind], noises[kind], slice_factor, typical) + least
             ratios = torch.where(errors[kind] == 0, 0.0, errors[kind] / bars)
             index = int(ratios.argmax())

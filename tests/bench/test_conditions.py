@@ -116,6 +116,7 @@ def branches() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
 def test_compiled() -> None:
     model, x = branches()
@@ -124,6 +125,7 @@ def test_compiled() -> None:
     assert all(footprint.build_seconds for footprint in timing.footprints.values())
 
 
+@pytest.mark.slow
 def test_a_module_is_fused_and_runs_in_runtimes() -> None:
     model, x = branches()
     timing = reparam.benchmark(model, x, backends=("export", "onnxruntime"), max_seconds=0.0, threads=1)

@@ -18,6 +18,7 @@ from reparam.capture.examples import example_inputs
 from reparam.capture.scripts import graph_of_script
 from reparam.errors import CaptureError, InputError, OtherInputError
 from reparam.inputs import Inputs
+from tests.support import sampled
 from tests.zoo.case import randomise
 
 
@@ -124,7 +125,7 @@ def test_loading_and_fusing_an_archive_warns_of_nothing(tmp_path: Path, recwarn:
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["scripted", "traced"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", sampled([1, 3], 2))
 def test_torchscript_is_converted_and_fused(tmp_path: Path, traced: bool, batch: int) -> None:
     model = ready(Plain())
     x = image(batch, 3, 12, 12)

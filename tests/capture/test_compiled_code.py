@@ -127,6 +127,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 def test_compiled_functions_survive_a_stand_in(tmp_path: Path) -> None:
     """One process for all, which ends at the first that does not."""
     program = [PROGRAM.replace("CALL", text).replace("class Calls", f"class Calls{i}").replace("Calls()", f"Calls{i}()")

@@ -35,7 +35,7 @@ IN_FLOAT32 = {"normalised_input", "normalised_input_padded"}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", sampled(BLOCKS, 12), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sampled(BLOCKS, 20), ids=lambda case: case.name)
 def test_both_captures_come_to_the_same_layers(case: BlockCase, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype, bound = (torch.float32, 1e-5) if case.name in IN_FLOAT32 else (torch.float64, 1e-11)
     model, inputs = case.make(dtype), case.inputs(dtype)
@@ -158,6 +158,7 @@ def test_sizes_stay_open_or_are_checked() -> None:
     assert reparam.fuse(fused, image(2)).report.rewrites == ()
 
 
+@pytest.mark.slow
 def test_what_was_exported_can_be_exported_again(tmp_path: Path) -> None:
     original = odd(lambda s, x: s.linear(F.relu(s.b(F.relu(s.a(x)))).mean((2, 3)))).float()
     fused = reparam.fuse(original, image(2).float(), capture="export").module

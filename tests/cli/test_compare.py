@@ -53,6 +53,7 @@ SAME = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("original", "candidate"), SAME)
 def test_the_same_model_in_two_formats(files: dict[str, Path], original: str, candidate: str) -> None:
     result = invoke("verify", files[original], files[candidate], *INPUT)

@@ -139,7 +139,7 @@ def test_an_operator_without_onnx_form_names_its_module(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
+@pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.slow), ("--json",)])
 def test_a_file_that_does_not_agree_is_not_written(
     model: Path, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

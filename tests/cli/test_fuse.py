@@ -178,6 +178,7 @@ def test_explain_shows_what_was_compared(model_file: Path) -> None:
     assert json.loads(invoke(model_file, *options, "--json").stdout)["choices"] is None
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_onnx_file_disagrees(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage: the session's answers are off by a thousandth."""
 

@@ -67,6 +67,7 @@ def test_a_bad_place_is_said_before_the_work_begins(
     assert sorted(path.name for path in model_file.parent.iterdir()) == ["folder.html", "link.html", "net.pt"]
 
 
+@pytest.mark.slow
 def test_a_report_is_written_of_what_failed(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage: the session's answers are off by a thousandth."""
 
@@ -167,6 +168,7 @@ def test_an_interrupt_behind_the_models_is_told_apart(model_file: Path, monkeypa
     assert sorted(path.name for path in model_file.parent.iterdir()) == ["net.fused.json", "net.fused.pt2", "net.pt"]
 
 
+@pytest.mark.slow
 def test_a_real_interrupt_keeps_what_is_there(model_file: Path) -> None:
     report = model_file.parent / "out.json"
     command = [sys.executable, "-m", "reparam", "fuse", str(model_file), "--input", "1x3x8x8", "--no-onnx"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reparam.equivalence import metrics
 from reparam.equivalence.comparison import ULP_QUANTILES
-from reparam.equivalence.judge import Judgement, judge, spread, with_weight_rounding
+from reparam.equivalence.judge import Judgement, judge, numeric_floor, spread, with_weight_rounding
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import Rules, Runs
 from reparam.equivalence.outputs import flatten
@@ -171,6 +171,17 @@ def test_a_channel_whose_noise_is_zero_by_luck_is_granted_its_peers() -> None:
     truth, noise, error = _noise(0), 1e-7 * _noise(1), 1e-7 * _noise(2)
     noise[:, 3] = 0.0
     assert _judged(error, noise, truth) <= 1.0
+
+
+def test_a_handful_of_values_is_held_to_the_scale_of_all() -> None:
+    """What a ReLU left of five logits: one is small, its own noise smaller still by luck."""
+    truth, noise, error = (
+        torch.tensor([[0.0, 0.0, *values, 0.0]], dtype=torch.float64)
+        for values in ((0.0934, 1.0), (5.4e-9, 1.15e-7), (1.44e-7, 3.4e-8))
+    )
+    floor = numeric_floor(torch.float32, runtime=False)
+    assert _judged(error, noise, truth, floor) <= 1.0
+    assert _judged(3 * error, noise, truth, floor) > 1.0
 
 
 def test_without_noise_the_floor_decides() -> None:

@@ -26,6 +26,7 @@ from reparam.export.proto import _with_all_constants
 from reparam.export.shapes import Probe, tensor_leaves
 from reparam.inputs import Inputs
 from tests.export import nets
+from tests.support import sampled
 
 torch.set_num_threads(1)
 OPEN = {0: "batch", 2: "height", 3: "width"}
@@ -239,7 +240,7 @@ UNSUPPORTED = [
 ]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["as built", "fused"])
+@pytest.mark.parametrize("fused", sampled([False, True], 2), ids=["as built", "fused"])
 @pytest.mark.parametrize(("last", "words"), UNSUPPORTED, ids=[type(row[0]).__name__ for row in UNSUPPORTED])
 def test_an_operator_that_cannot_be_exported_is_named_with_its_module(
     last: nn.Module, words: str, fused: bool, tmp_path: Path
@@ -475,8 +476,13 @@ class _Attention(nn.Module):
         return F.scaled_dot_product_attention(x, x * 0.5, x + 1, attn_mask=self.mask)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 4), (2, 3, 5, 4), (2, 3, 2, 5, 4), (2, 3, 1, 2, 5, 4)])
-@pytest.mark.parametrize("masked", ["no", "by two axes", "by all axes"])
+SHAPES = [(3, 5, 4), (2, 3, 5, 4), (2, 3, 2, 5, 4), (2, 3, 1, 2, 5, 4)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "masked"),
+    sampled([(shape, masked) for shape in SHAPES for masked in ("no", "by two axes", "by all axes")], 4),
+)
 def test_attention_on_any_number_of_axes(shape: tuple[int, ...], masked: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     masks = {

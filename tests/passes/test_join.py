@@ -360,6 +360,7 @@ def test_default_rule_joins_small_linear_layers_only() -> None:
     assert any(isinstance(step, Join) for step in PIPELINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q_k_v", "theta_phi_g", "with_norms"])
 def test_a_joined_model_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
     case = ACCEPT[name]

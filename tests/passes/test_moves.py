@@ -645,10 +645,13 @@ def test_fusing_again_changes_nothing(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [
-        *((case, dtype) for case in [*ACCEPT, *REFUSE] for dtype in (torch.float32, torch.float16)),
-        *((case, torch.bfloat16) for case in by_rank(2)),
-    ],
+    sampled(
+        [
+            *((case, dtype) for case in [*ACCEPT, *REFUSE] for dtype in (torch.float32, torch.float16)),
+            *((case, torch.bfloat16) for case in by_rank(2)),
+        ],
+        5,
+    ),
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
 def test_verified_in_other_dtypes(case: Case, dtype: torch.dtype) -> None:
@@ -831,6 +834,7 @@ def real(name: str) -> nn.Module:
     return model.double().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "moves_", "norms"),
     [

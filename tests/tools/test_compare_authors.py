@@ -91,6 +91,7 @@ def test_results_survive_the_file_and_no_draft_is_left(tmp_path: Path) -> None:
     assert [kept["model"] for kept in json.loads((tmp_path / "authors.json").read_text())["rows"]] == ["a", "net", "b"]
 
 
+@pytest.mark.slow
 def test_one_model_is_measured_on_both_sides() -> None:
     measured = compare_authors.measure("repghost", "repghostnet_050", 1)
     assert not list(complaints(measured))

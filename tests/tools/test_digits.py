@@ -83,6 +83,7 @@ def test_fused_network_gives_every_image_its_answer(trained: nn.Module, fused: n
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
 
 
+@pytest.mark.slow
 def test_check_passes_on_the_fused_network(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_digits.check(files)
     assert capsys.readouterr().out.count("450 of 450") == 2

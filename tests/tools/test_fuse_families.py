@@ -123,6 +123,7 @@ def test_one_model_of_each_family_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     assert found == [("mobilenetv3", "mobilenetv3_small_050"), ("resnet", "resnet18"), ("vgg", "vgg11")]
 
 
+@pytest.mark.slow
 def test_a_model_goes_through_all_checks() -> None:
     row = fuse_families.measured("test_resnet")
     assert (row.family, row.image, row.way, row.failures) == ("resnet", "3x64x64", "symbolic", {})
@@ -163,6 +164,7 @@ def test_a_refused_module_leaves_its_figures(monkeypatch: pytest.MonkeyPatch) ->
     assert facts["after"] == {"convolutions": 1, "batch_norms": 0, "linears": 0, "nodes": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "passed"), [(0.0, True), (1e-2, False)])
 def test_the_file_is_held_against_the_original(error: float, passed: bool) -> None:
     model, x = case()

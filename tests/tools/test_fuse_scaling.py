@@ -42,6 +42,7 @@ def test_page() -> None:
     assert "Only one depth was measured so far." in markdown(LINEAR[1:], FACTS)
 
 
+@pytest.mark.slow
 def test_a_run_saves_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ def layers() -> list[Priced]:
 TRUE = [EAGER_CPU, Machine(1e-6, 0.0, 0.0, 4e10, 1e10, 5e9, 2e8, 3e9, 2e10, 3e10, block=4, pads_apart=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", TRUE, ids=["eager", "no layer price"])
 def test_the_fit_finds_the_constants_that_made_the_times(machine: Machine, layers: list[Priced]) -> None:
     start = replace(CUDA, pads_apart=machine.pads_apart)
@@ -61,6 +62,7 @@ def test_fitting_again_to_the_measured_layers_changes_nothing() -> None:
     assert refitted([lacking], names) == [lacking]
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_the_constants() -> None:
     sides = all_priced_pairs()
     for result in RESULTS:
@@ -89,6 +91,7 @@ def test_a_worse_machine_ranks_worse() -> None:
         assert good / decided < 0.8
 
 
+@pytest.mark.slow
 def test_repricing_drops_what_the_probes_no_longer_have() -> None:
     """Layers and pairs that were renamed or removed since cannot be priced; the others keep what the clock said."""
     (result,) = [one for one in PASTED if one.runtime == "eager"]

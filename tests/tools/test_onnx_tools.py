@@ -101,6 +101,7 @@ class Small(nn.Module):
         return self.norm(self.conv(x).relu()).mean((2, 3))
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_and_a_tool_that_is_wrong_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx
 

@@ -170,6 +170,7 @@ class Net(nn.Module):
         return self.stem(x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_variants_and_files(tmp_path: Path) -> None:
     model, x = randomise_batch_norms(Net()).eval(), torch.randn(1, 3, 16, 16)
     made = convert(model, x, torch.device("cpu"))
