@@ -171,7 +171,16 @@ def test_an_interrupt_behind_the_models_is_told_apart(model_file: Path, monkeypa
 @pytest.mark.slow
 def test_a_real_interrupt_keeps_what_is_there(model_file: Path) -> None:
     report = model_file.parent / "out.json"
-    command = [sys.executable, "-m", "reparam", "fuse", str(model_file), "--input", "1x3x8x8", "--no-onnx"]
+    command = [
+        sys.executable,
+        "-m",
+        "reparam",
+        "fuse",
+        str(model_file),
+        "--input",
+        "4x3x256x256",
+        "--no-onnx",
+    ]  # slow enough to be running yet
     command += ["--bench-seconds", "600", "--format", "markdown", "--report", str(report)]
     environment = {**os.environ, "PYTHONPATH": str(Path(workflow.__file__).parents[1])}
     process = subprocess.Popen(
