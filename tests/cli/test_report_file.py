@@ -171,16 +171,8 @@ def test_an_interrupt_behind_the_models_is_told_apart(model_file: Path, monkeypa
 @pytest.mark.slow
 def test_a_real_interrupt_keeps_what_is_there(model_file: Path) -> None:
     report = model_file.parent / "out.json"
-    command = [
-        sys.executable,
-        "-m",
-        "reparam",
-        "fuse",
-        str(model_file),
-        "--input",
-        "4x3x256x256",
-        "--no-onnx",
-    ]  # slow enough to be running yet
+    # An image large enough for the measurement to last until it is interrupted.
+    command = [sys.executable, "-m", "reparam", "fuse", str(model_file), "--input", "4x3x256x256", "--no-onnx"]
     command += ["--bench-seconds", "600", "--format", "markdown", "--report", str(report)]
     environment = {**os.environ, "PYTHONPATH": str(Path(workflow.__file__).parents[1])}
     process = subprocess.Popen(
