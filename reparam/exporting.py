@@ -154,9 +154,16 @@ def reasons_of(found: Sequence[Leftover], report: Report | None) -> tuple[str, .
     """Why each node stays that inference does not need: what the file knows, and what fusing said of that module."""
     said = {refusal.place.module: refusal.reason for refusal in report.refusals} if report else {}
     unknown = "no reason is known: please report it" if report else "the original was exported as it is"
-    return tuple(
-        f"{one.operator} {one.module or one.node}: {one.needed or said.get(one.module, unknown)}" for one in found
-    )
+    undone = {one.rewrite.place.module: one.failure for one in report.undone} if report else {}
+
+    def reason(one: Leftover) -> str:
+        parts = (one.module or "").split(".")
+        for length in range(len(parts), 0, -1):
+            if (place := ".".join(parts[:length])) in undone:
+                return f"merging it was undone: {undone[place]}"
+        return said.get(one.module, unknown)
+
+    return tuple(f"{one.operator} {one.module or one.node}: {one.needed or reason(one)}" for one in found)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from reparam.passes.base import Place, Refusal
 from reparam.report import OperationCounts, Report
 from reparam.report.exported import Exported
 from reparam.report.onnx import render_export, render_export_markdown
+from tests.report.cases import UNDONE
 
 COMPARISON = Comparison(
     passed=True, level="standard", seed=0, outputs=(), cases=(CaseResult("example", None, ((2, 3),), "passed"),),
@@ -97,3 +98,12 @@ def test_the_original_as_it_is_and_not_compared() -> None:
     assert "Net from net.pt, as it is" in text
     assert "not compared with the original" in text
     assert "Fused" not in text
+
+
+def test_a_norm_whose_merging_was_undone_is_told_so() -> None:
+    report = replace(REPORT, undone=(UNDONE,))
+    place = UNDONE.rewrite.place.module
+    norm = Leftover("BatchNormalization", "BatchNormalization", "node_11", f"{place}.bn")
+    said = f"BatchNormalization {place}.bn: merging it was undone: {UNDONE.failure}"
+    assert reasons_of((norm,), report) == (said,)
+    assert reasons_of((replace(norm, module=f"{place}2.bn"),), report)[0].endswith("please report it")
