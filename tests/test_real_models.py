@@ -25,7 +25,10 @@ CONVS_LEFT = {
 }
 """Convolutions left; None means as many as before."""
 SIZE = 64
-MODELS = pytest.mark.parametrize("name", list(CONVS_LEFT))
+DEAR = {"mobileone_s0", "mobileone_s1"}
+MODELS = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in DEAR else ()) for name in CONVS_LEFT]
+)
 
 
 def image(batch: int = 2, size: int = SIZE) -> torch.Tensor:

@@ -239,7 +239,7 @@ def fuse(case: BlockCase | Trap) -> Fused:
 ZOO = (*BLOCKS, *ALL)
 
 
-@pytest.mark.parametrize("case", sampled(ZOO, 3), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sampled(ZOO, 5), ids=lambda case: case.name)
 def test_zoo(case: BlockCase | Trap) -> None:
     check(fuse(case))
 

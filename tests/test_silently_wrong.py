@@ -53,7 +53,7 @@ def test_engine_alone_is_exact(trap: Trap) -> None:
         assert relative_error(output_of(model, x), output_of(result.module, x)) < EXACT, batch
 
 
-@pytest.mark.parametrize("trap", sampled(ALL, 3), ids=by_name)
+@pytest.mark.parametrize("trap", sampled(ALL, 5), ids=by_name)
 def test_verified_and_untouched(trap: Trap) -> None:
     """With verification: accepted, or refused as a whole; the caller's model stays as it was in training mode."""
     model = trap.make().train()

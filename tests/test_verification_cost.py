@@ -22,6 +22,7 @@ def test_the_standard_level_costs_at_most_ten_passes_with_the_check_of_each_rewr
     assert sum(case.status == "passed" for case in comparison.cases) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "checked"), [("quick", False), ("thorough", True)])
 def test_the_other_levels(level: str, checked: bool) -> None:
     model = create("resnet10t", seed=0)

@@ -119,6 +119,7 @@ def test_it_holds_and_every_figure_is_repeated_bit_for_bit(folder: Path) -> None
     assert set(found["comparisons"]) == {"archive", "onnx"}
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_certificate(tmp_path: Path) -> None:
     made = []
     for name in ("a", "b"):

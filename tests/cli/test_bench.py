@@ -195,6 +195,7 @@ def test_what_cannot_be_is_one_sentence(model: Path, options: tuple[str, ...], s
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_backends_side_by_side(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     named = invoke("bench", model, *QUICK, "--backend", "openvino")

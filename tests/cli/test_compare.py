@@ -296,6 +296,7 @@ def test_fuse_says_what_it_needs_of_an_onnx_file(files: dict[str, Path]) -> None
     assert "needs the PyTorch model" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.pt2", "model.ts"])
 def test_archives_are_fused_to_files(files: dict[str, Path], name: str, tmp_path: Path) -> None:
     options = () if name == "model.pt2" else INPUT  # an archive of torch.export brings its example along
