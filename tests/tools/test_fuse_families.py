@@ -123,6 +123,29 @@ def test_one_model_of_each_family_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     assert found == [("mobilenetv3", "mobilenetv3_small_050"), ("resnet", "resnet18"), ("vgg", "vgg11")]
 
 
+DOZEN = (
+    *("test_byobnet", "test_resnet", "test_nfnet", "test_vit", "test_mambaout", "test_efficientnet"),
+    *("regnetx_002", "starnet_s050", "lcnetv2_small", "fasternet_t0", "cspnext_tiny", "hgnetv2_b0"),
+)
+"""Twelve of the table's models, the same ones in every run."""
+
+
+@pytest.mark.parametrize("name", DOZEN)
+@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["torch", "onnx"])
+def test_a_dozen_of_the_table_pass(name: str, onnx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onnx:
+        monkeypatch.setattr(fuse_families, "as_onnx", lambda *_: None)
+    row = fuse_families.measured(name)
+    assert row.failures == {}
+    assert row.way == "symbolic"
+    assert row.exact
+    assert row.float32_passed
+    assert row.leftovers == []
+    assert row.after["batch_norms"] < max(row.before["batch_norms"], 1)
+    assert row.rewrites > 0
+    assert row.onnx_passed is (True if onnx else None)
+
+
 @pytest.mark.slow
 def test_a_model_goes_through_all_checks() -> None:
     row = fuse_families.measured("test_resnet")
