@@ -191,6 +191,20 @@ def disturbed(
     return copied if found else None
 
 
+def moved(original: nn.Module, dtype: torch.dtype | None, ulp_of: torch.dtype | None, seed: int) -> nn.Module:
+    """A copy, in `dtype` or as it is, with every floating-point weight moved by up to half a ULP.
+
+    The ULP is that of `ulp_of`, or of each weight's own dtype.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    copied = private_copy(original, "original", dtype)
+    for tensor in named_tensors(copied).values():
+        if tensor.is_floating_point():
+            wide = tensor.data.double()
+            tensor.data = (wide + _rounding(wide, ulp_of or tensor.dtype, generator)).to(tensor.dtype)
+    return copied
+
+
 def rounding_failures(candidate: Any, candidate_float64: nn.Module) -> tuple[str, ...]:
     """Sentences on weights of `candidate` that are not the float64 ones rounded to its dtype (one ULP is allowed)."""
     if not isinstance(candidate, nn.Module):

@@ -21,6 +21,7 @@ from torch import nn
 from reparam.data import LIMIT, Data, read
 from reparam.equivalence.cases import Case, Slot, plan
 from reparam.equivalence.comparison import CaseResult, Comparison, Parting
+from reparam.equivalence.conditioning import looked_at_again
 from reparam.equivalence.gather import Ran, gather
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
@@ -71,7 +72,7 @@ def verify(
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         level: `quick` runs the example inputs alone; `standard` also other batch and image sizes, random inputs,
             borders and constants, within ten forward passes of the original in float64; `thorough` more of each,
-            without a bound.
+            without a bound. A case that fails by little is looked at again (`conditioning.py`), whatever that costs.
         seed: of the drawn inputs and of the models' own random numbers.
         noise_factor: multiple of the original's noise that the candidate may show.
         algebra_tolerance: scaled float64 difference that is allowed.
@@ -109,29 +110,38 @@ def verify(
     if deployed is not None:
         session.original = PrivateCopy(deployed, "original")
     misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
-    ran, given = [], {}
+    ran: list[Ran] = []
+    cases: dict[str, Case] = {}
     batches, prepared = read(data, original, inputs, limit=data_limit)
     session.notes += prepared
     for slot in plan(inputs, level, seed, vary_shapes, batches):
-        given.update({case.name: case.inputs for case in slot})
+        cases.update({case.name: case for case in slot})
         if only is not None and not any(case.is_example or case.name in only for case in slot):
             continue
         ran.append(_run_slot(session, slot, BUDGET if level == "standard" else float("inf")))
-    comparison = gather(
-        ran,
-        rules,
-        asked_algebra=session.candidate64 is not None and isinstance(candidate, (nn.Module, Elsewhere)),
-        misrounded=misrounded,
-        notes=tuple(session.notes),
-        level=level,
-        seed=seed,
-        cost=session.spent,
-    )
+
+    def judged() -> Comparison:
+        return gather(
+            ran,
+            rules,
+            asked_algebra=session.candidate64 is not None and isinstance(candidate, (nn.Module, Elsewhere)),
+            misrounded=misrounded,
+            notes=tuple(session.notes),
+            level=level,
+            seed=seed,
+            cost=session.spent,
+        )
+
+    comparison = judged()
+    if not comparison.passed and isinstance(original, nn.Module):
+        ran = looked_at_again(session, original if deployed is None else deployed, ran, comparison.cases, cases)
+        comparison = judged()
     if comparison.passed or not isinstance(original, nn.Module) or runtime or not find_parting:
         return comparison
     exact = candidate if candidate_float64 is None else candidate_float64
     failed = next((case.name for case in comparison.cases if case.failures), "")
-    return replace(comparison, parting=_parting(original, exact, given.get(failed, inputs), seed))
+    tried = cases[failed].inputs if failed in cases else inputs
+    return replace(comparison, parting=_parting(original, exact, tried, seed))
 
 
 def _parting(original: nn.Module, candidate: Any, inputs: Inputs, seed: int) -> Parting | None:
