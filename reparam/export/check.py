@@ -21,6 +21,7 @@ from reparam.export.shapes import Probe, tensor_leaves
 from reparam.quiet import quiet, reason, without_copying_warnings
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
 # Largest error relative to the largest magnitude of the output. This net is there for wrong answers, not for rounding:
@@ -30,6 +31,7 @@ COARSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.b
 TIES = 0.01
 # Multiple of the module's own rounding error that is let pass whatever its size.
 NOISE_MARGIN = 4.0
+_BLOCK = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -81,36 +83,51 @@ def check_valid(path: Path) -> None:
         raise ExportError(f"the exporter wrote an invalid ONNX model: {reason(error)}") from error
 
 
-def check_weights(model: onnx.ModelProto, weights: Mapping[str, torch.Tensor]) -> None:
+def check_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Every weight stands in the file with the module's values, to the last bit; transposed or reshaped is the same.
 
     The exporter itself may combine weights (a BatchNorm and the convolution before it). Then some have no place in the
     file, and those that differ may be the result: nothing is said about them.
 
     Args:
-        model: the file's content, with its external data.
+        path: of the file; what it keeps beside itself is read one weight at a time.
         weights: the module's parameters and buffers, by name.
 
     Raises:
         ExportError: the file has all weights, and one has other values.
     """
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
     stored = {initializer.name: initializer for initializer in model.graph.initializer}
     floating = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
     if not floating.keys() <= stored.keys():
         return
     for name, weight in floating.items():
-        if not _same_values(stored[name], weight):
+        if not _same_values(stored[name], weight.detach().cpu(), path.parent):
             raise ExportError(f"the weight {name} of the ONNX file has other values than the module's")
+        stored[name].ClearField("raw_data")  # it stays once it was read
 
 
-def _same_values(initializer: onnx.TensorProto, weight: torch.Tensor) -> bool:
+def _same_values(initializer: onnx.TensorProto, weight: torch.Tensor, folder: Path) -> bool:
     from onnx.numpy_helper import to_array
 
-    stored = torch.from_numpy(to_array(initializer).astype("float64"))
-    wanted = weight.detach().cpu().double()
-    forms = [wanted.reshape(stored.shape)] if wanted.numel() == stored.numel() else []
-    forms += [wanted.T] if wanted.ndim == 2 and wanted.T.shape == stored.shape else []
-    return any(torch.equal(stored.nan_to_num(), form.nan_to_num()) for form in forms)
+    values = to_array(initializer, base_dir=str(folder))
+    forms = [weight.reshape(values.shape)] if weight.numel() == values.size else []
+    forms += [weight.T] if weight.ndim == 2 and weight.T.shape == values.shape else []
+    return any(_equal(values, form) for form in forms)
+
+
+def _equal(values: np.ndarray, weight: torch.Tensor) -> bool:
+    """Compared in float64, a few rows at a time: a copy of all would be as large as the model."""
+    if weight.ndim == 0:
+        return _equal(values.reshape(1), weight.reshape(1))
+    rows = max(1, _BLOCK * len(weight) // max(weight.numel(), 1))
+    for start in range(0, len(weight), rows):
+        stored = torch.from_numpy(values[start : start + rows].astype("float64"))
+        if not torch.equal(stored.nan_to_num(), weight[start : start + rows].double().nan_to_num()):
+            return False
+    return True
 
 
 def rounding_of(module: nn.Module, probe: Probe) -> list[float]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # The first operator set in which convolution takes bfloat16.
 BFLOAT16_OPSET = 22
+# Smaller tensors stay in the model's own file; the others begin at a multiple of a page, so that they can be mapped.
+LEAST_EXTERNAL_BYTES, EXTERNAL_ALIGNMENT = 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -317,19 +319,55 @@ def _arguments(plan: Plan) -> dict[str, Any]:
     }
 
 
+def weight_bytes(proto: onnx.ModelProto) -> int:
+    """Bytes of the weights that are inside the model."""
+    return sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+
+
 def save(proto: onnx.ModelProto, path: Path, threshold: int) -> bool:
     """Writes the model; weights beyond `threshold` bytes go to `<path>.data`. Returns whether they did."""
     import onnx
 
-    weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
     path.with_name(path.name + ".data").unlink(missing_ok=True)
-    if weights <= threshold:
+    if weight_bytes(proto) <= threshold:
         onnx.save_model(proto, str(path))
         return False
-    copied = onnx.ModelProto()
-    copied.CopyFrom(proto)
-    onnx.save_model(
-        copied, str(path), save_as_external_data=True, all_tensors_to_one_file=True,
-        location=path.name + ".data", size_threshold=1024,
-    )  # fmt: skip
+    with open(path.with_name(path.name + ".data"), "wb") as data:
+        onnx.save_model(_with_weights_in(proto, data), str(path))
     return True
+
+
+def _with_weights_in(proto: onnx.ModelProto, data: BinaryIO) -> onnx.ModelProto:
+    """The model with its larger weights written to a file beside it; no second copy of them is held on the way."""
+    import onnx
+    from onnx.external_data_helper import set_external_data
+
+    copied = onnx.ModelProto()
+    _copy_fields(proto, copied, but="graph")
+    _copy_fields(proto.graph, copied.graph, but="initializer")
+    for tensor in proto.graph.initializer:
+        kept = copied.graph.initializer.add()
+        raw = tensor.raw_data  # read once: each time it is copied
+        if len(raw) < LEAST_EXTERNAL_BYTES:
+            kept.CopyFrom(tensor)
+            continue
+        _copy_fields(tensor, kept, but="raw_data")
+        data.write(b"\0" * (-data.tell() % EXTERNAL_ALIGNMENT))
+        kept.raw_data = b""  # what is not there cannot be external
+        set_external_data(kept, Path(data.name).name, data.tell(), len(raw))
+        kept.ClearField("raw_data")
+        data.write(raw)
+    return copied
+
+
+def _copy_fields(source: Any, target: Any, but: str) -> None:
+    """Copies every field of a message but one."""
+    for field, value in source.ListFields():
+        if field.name == but:
+            continue
+        if hasattr(value, "extend"):
+            getattr(target, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)

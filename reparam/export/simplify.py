@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from reparam.errors import ExportError
 from reparam.export.helper import Helper, HelperError
+from reparam.export.proto import weight_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -41,9 +42,9 @@ def simplified(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto | None:
     """
     import onnx
 
-    size = model.ByteSize()
-    if size > MOST_BYTES:
+    if weight_bytes(model) > MOST_BYTES:  # beyond 2 GB the message itself cannot tell its size
         raise NotSimplifiedError("the weights exceed what onnxsim can hold")
+    size = model.ByteSize()
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, target = Path(place) / "model.onnx", Path(place) / "simplified.onnx"
         onnx.save_model(model, str(source))

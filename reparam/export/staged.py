@@ -115,6 +115,7 @@ def _stage(task: Task, staged: Path, freedom: Freedom) -> Staged:
                 return replace(found, notes=(*notes, *found.notes))
         except NotSimplifiedError as error:
             notes.append(f"not simplified: {error}")
+    del built  # with a copy of all weights
     compared, more = _compared(task, staged)
     return replace(plain, comparison=compared, notes=(*notes, *plain.notes, *more))
 
@@ -141,13 +142,11 @@ def _simplified(task: Task, built: Built, model: onnx.ModelProto, staged: Path) 
 
 def _checked(task: Task, built: Built, model: onnx.ModelProto, path: Path) -> Staged:
     """Saves a model, and checks that it is valid, has the module's weights, and answers as the module does."""
-    import onnx
-
     facts = _facts(model, built)
     save(model, path, task.threshold)
     module = task.plan.module
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    check_weights(onnx.load(str(path)), {name.removeprefix(task.plan.prefix): w for name, w in weights.items()})
+    check_weights(path, {name.removeprefix(task.plan.prefix): w for name, w in weights.items()})
     relevant = _relevant(task.answers, built.open_batch, built.open_size)
     checked = check_file(path, task.exact or module, relevant, None if task.exact is None else torch.float16)
     data = path.with_name(path.name + ".data")

@@ -22,7 +22,7 @@ from reparam.export import OnnxFile, OnnxSession, export_onnx, program
 from reparam.export import simplify as simplify_module
 from reparam.export import staged as staged_module
 from reparam.export.check import check_weights, disagreement, rounding_of
-from reparam.export.proto import _with_all_constants
+from reparam.export.proto import _with_all_constants, save
 from reparam.export.shapes import Probe, tensor_leaves
 from reparam.inputs import Inputs
 from tests.export import nets
@@ -368,18 +368,52 @@ def test_a_simplification_with_other_weights_is_dropped(tmp_path: Path, monkeypa
     assert any("other values" in note for note in file.notes)
 
 
+@pytest.mark.parametrize("external", [False, True])
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (12,), (3, 4, 1, 1)])
-def test_weights_are_compared_to_the_last_bit(shape: tuple[int, ...]) -> None:
+def test_weights_are_compared_to_the_last_bit(
+    shape: tuple[int, ...], external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reparam.export.check._BLOCK", 5)
+    monkeypatch.setattr("reparam.export.proto.LEAST_EXTERNAL_BYTES", 1)
     weight = torch.randn(3, 4)
     stored = weight.T.contiguous() if shape == (4, 3) else weight.reshape(shape)
     graph = onnx.GraphProto(initializer=[onnx.numpy_helper.from_array(stored.numpy(), "w")])
-    check_weights(onnx.ModelProto(graph=graph), {"w": weight})
+    path = tmp_path / "n.onnx"
+    assert save(onnx.ModelProto(graph=graph), path, 0 if external else 1000) == external
+    check_weights(path, {"w": weight})
     # A weight that the file has not was combined with others; those may then differ.
-    check_weights(onnx.ModelProto(graph=graph), {"w": weight + 1, "other": weight})
-    off = weight.clone()
-    off[1, 2] = torch.nextafter(off[1, 2], torch.tensor(9.0))
+    check_weights(path, {"w": weight + 1, "other": weight})
+    for place in ((0, 0), (1, 2), (2, 3)):
+        off = weight.clone()
+        off[place] = torch.nextafter(off[place], torch.tensor(9.0))
+        with pytest.raises(ExportError, match="the weight w"):
+            check_weights(path, {"w": off})
+
+
+def test_a_scalar_weight_is_compared_too(tmp_path: Path) -> None:
+    graph = onnx.GraphProto(initializer=[onnx.numpy_helper.from_array(np.float32(2.5), "w")])
+    save(onnx.ModelProto(graph=graph), tmp_path / "n.onnx", 1000)
+    check_weights(tmp_path / "n.onnx", {"w": torch.tensor(2.5)})
     with pytest.raises(ExportError, match="the weight w"):
-        check_weights(onnx.ModelProto(graph=graph), {"w": off})
+        check_weights(tmp_path / "n.onnx", {"w": torch.tensor(2.0)})
+
+
+def test_external_data_is_the_same_model(tmp_path: Path) -> None:
+    file = export_onnx(nets.lively(nets.Flattened()), image(), tmp_path / "n.onnx", metadata={"who": "me"})
+    plain = onnx.load(str(file.path))
+    assert save(plain, tmp_path / "e.onnx", 0)
+    assert len((tmp_path / "e.onnx.data").read_bytes()) > 0
+    apart = onnx.load(str(tmp_path / "e.onnx"), load_external_data=False)
+    held = [tensor for tensor in apart.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    assert held
+    assert not any(tensor.raw_data for tensor in held)
+    offsets = [int(next(e.value for e in tensor.external_data if e.key == "offset")) for tensor in held]
+    assert all(offset % 4096 == 0 for offset in offsets)
+    again = onnx.load(str(tmp_path / "e.onnx"))
+    for tensor in again.graph.initializer:
+        tensor.ClearField("data_location")
+        del tensor.external_data[:]
+    assert again == plain
 
 
 def test_a_wrong_simplification_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from reparam.export import export_onnx, helper, simplify
 from reparam.export.helper import Helper, HelperError
+from reparam.export.proto import save
 from reparam.export.simplify import NotSimplifiedError, simplified
 from tests.export.test_leftovers import N, model
 
@@ -106,6 +107,19 @@ def test_a_model_beyond_its_limit_is_not_given_to_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(simplify, "MOST_BYTES", 10)
     with pytest.raises(NotSimplifiedError, match="exceed what onnxsim can hold"):
         simplified(model(*TWICE), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_beyond_two_gigabytes_is_saved_beside_itself_and_not_given_to_it(tmp_path: Path) -> None:
+    """Where protobuf itself fails: no message of that size can be written, nor its size be told."""
+    large = model(*TWICE)
+    tensor = large.graph.initializer.add(name="w", data_type=onnx.TensorProto.INT8, dims=[2_200_000_000])
+    tensor.raw_data = bytes(2_200_000_000)
+    assert save(large, tmp_path / "n.onnx", 2_000_000_000)
+    assert (tmp_path / "n.onnx.data").stat().st_size == 2_200_000_000
+    assert (tmp_path / "n.onnx").stat().st_size < 10_000
+    with pytest.raises(NotSimplifiedError, match="exceed what onnxsim can hold"):
+        simplified(large, tmp_path)
 
 
 def test_without_onnxsim_the_plain_file_is_written_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
