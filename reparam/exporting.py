@@ -157,11 +157,13 @@ def reasons_of(found: Sequence[Leftover], report: Report | None) -> tuple[str, .
     undone = {one.rewrite.place.module: one.failure for one in report.undone} if report else {}
 
     def reason(one: Leftover) -> str:
-        parts = (one.module or "").split(".")
-        for length in range(len(parts), 0, -1):
-            if (place := ".".join(parts[:length])) in undone:
-                return f"merging it was undone: {undone[place]}"
-        return said.get(one.module, unknown)
+        if not one.module:
+            return unknown
+        parts = one.module.split(".")
+        places = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        if places[0] in said and places[0] not in undone:
+            return said[places[0]]
+        return next((f"merging it was undone: {undone[place]}" for place in places if place in undone), unknown)
 
     return tuple(f"{one.operator} {one.module or one.node}: {one.needed or reason(one)}" for one in found)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from reparam.equivalence.cases import Case
 from reparam.equivalence.comparison import CaseResult, Comparison, OutputComparison
 from reparam.equivalence.measure import verdict
 from reparam.equivalence.measured import Measured, Rules
@@ -20,11 +21,12 @@ HOPELESS_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Ran:
-    """A case that was run (or skipped): its result so far, what the truth was, and the measurements to judge."""
+    """A case that was run (or skipped): its result so far, what the truth was, the measurements, and what was run."""
 
     result: CaseResult
     truth: Flat | None = None
     measured: tuple[Measured, ...] = ()
+    case: Case | None = None
 
 
 def gather(
@@ -37,9 +39,10 @@ def gather(
     level: str,
     seed: int,
     cost: float,
+    typical: dict[str, float] | None = None,
 ) -> Comparison:
-    """Judges the cases and sums up."""
-    typical = _typical_noise(ran)
+    """Judges the cases and sums up; `typical` as `typical_noise` has it, of these cases if it is not given."""
+    typical = typical_noise(ran) if typical is None else typical
     cases = tuple(_judged(one, rules, typical) for one in ran)
     outputs = _nearest_to_its_bar(cases)
     every = [output for case in cases for output in case.outputs]
@@ -67,7 +70,7 @@ def gather(
     )
 
 
-def _typical_noise(ran: Iterable[Ran]) -> dict[str, float]:
+def typical_noise(ran: Iterable[Ran]) -> dict[str, float]:
     """Median over the cases of the noise each output is allowed, over its RMS: one lucky case does not set its own bar.
 
     Where there are cases in which the cost of rounding the candidate's weights was measured, only those count.
@@ -114,7 +117,8 @@ def _lack_of_evidence(run: Sequence[CaseResult], outputs: Sequence[OutputCompari
         )
     by_name: dict[str, int] = {}
     for output in outputs:
-        by_name[output.name] = by_name.get(output.name, 0) + output.elements
+        if math.prod(output.shape):  # an output that is always empty has been compared: its shape is
+            by_name[output.name] = by_name.get(output.name, 0) + output.elements
     return tuple(f"{name}: no finite element was compared on any input" for name, count in by_name.items() if not count)
 
 

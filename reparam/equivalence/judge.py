@@ -14,8 +14,9 @@ share what chance did.
 
 A slice whose own noise is small by luck, or because its values cancel to nearly nothing, is granted the noise that is
 typical of its peers: the median of noise over scale times its own scale, and the (lower) medians of noise and of scale.
-They are medians and not maxima, so a few huge or noisy channels lend nothing to the others. Of a handful of values (the
-two of five logits that a ReLU left) there is no median to speak of; their floor is that of the tensor's RMS.
+They are medians and not maxima, so a few huge or noisy channels lend nothing to the others. Of a handful of values that
+are left among zeros (two of five logits, behind a ReLU) there is no median to speak of; their floor is that of the
+tensor's RMS.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def judge(
         paired: whether both errors are of the same kernels.
         by_peers: whether the floor of a slice of fewer than `FEW_ELEMENTS` is that of its peers, if that is larger: one
             logit of a thousand is nearly zero by chance, which says nothing of the terms it was summed from. Of
-            fewer than `FEW_ELEMENTS` single values it is that of the tensor, whatever `by_peers` says.
+            fewer than `FEW_ELEMENTS` single values among zeros it is that of the tensor, whatever `by_peers` says.
     """
     luck = math.exp(LUCK_DEVIATIONS / math.sqrt(max(samples, 1)))
     elements = math.prod(rms.numel() for rms, _ in truth.slices)
@@ -146,7 +147,7 @@ def judge(
         if errors[0].numel() < 2:
             continue
         in_each = elements // errors[0].numel()
-        handful = in_each == 1 and int((truths[0] > 0).sum()) < FEW_ELEMENTS
+        handful = in_each == 1 and 0 < int((truths[0] > 0).sum()) < min(FEW_ELEMENTS, truths[0].numel())
         few = by_peers and in_each < FEW_ELEMENTS
         for kind in (0, 1):
             peers = truth.rms if handful else float(truths[kind].median()) if few else 0.0

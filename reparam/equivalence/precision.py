@@ -18,7 +18,16 @@ from reparam.chance import Generators
 from reparam.equivalence.outputs import Flat, flatten
 from reparam.errors import InputError
 from reparam.inputs import Inputs
-from reparam.lazy import Guarded, Lazy, WrittenError, lean_copy, pairs_of_blocks, results_held, shared_storages
+from reparam.lazy import (
+    Guarded,
+    Lazy,
+    WrittenError,
+    lean_copy,
+    pairs_of_blocks,
+    results_held,
+    row_blocks,
+    shared_storages,
+)
 from reparam.quiet import without_copying_warnings
 from reparam.widen import all_in, told_dtype
 
@@ -191,17 +200,25 @@ def disturbed(
     return copied if found else None
 
 
-def moved(original: nn.Module, dtype: torch.dtype | None, ulp_of: torch.dtype | None, seed: int) -> nn.Module:
-    """A copy, in `dtype` or as it is, with every floating-point weight moved by up to half a ULP.
+def moved(
+    original: nn.Module, dtype: torch.dtype | None, ulp_of: torch.dtype | None, seed: int, step: float = 1.0
+) -> nn.Module:
+    """A copy, in `dtype` or as it is, with every floating-point weight moved by up to `step` halves of a ULP.
 
-    The ULP is that of `ulp_of`, or of each weight's own dtype.
+    The ULP is that of `ulp_of`, or of each weight's own dtype. Zeros and what is not finite stay what they are, and
+    nothing becomes infinite.
     """
     generator = torch.Generator().manual_seed(seed)
     copied = private_copy(original, "original", dtype)
     for tensor in named_tensors(copied).values():
-        if tensor.is_floating_point():
-            wide = tensor.data.double()
-            tensor.data = (wide + _rounding(wide, ulp_of or tensor.dtype, generator)).to(tensor.dtype)
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            continue
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # an expanded one has shared elements
+        for rows in row_blocks(tuple(tensor.shape)) if tensor.dim() else (...,):
+            block = tensor.data[rows]
+            wide = block.double()
+            other = (wide + step * _rounding(wide, ulp_of or tensor.dtype, generator)).to(block.dtype)
+            block.copy_(torch.where((block == 0) | ~other.isfinite(), block, other))
     return copied
 
 

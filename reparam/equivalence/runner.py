@@ -22,7 +22,7 @@ from reparam.data import LIMIT, Data, read
 from reparam.equivalence.cases import Case, Slot, plan
 from reparam.equivalence.comparison import CaseResult, Comparison, Parting
 from reparam.equivalence.conditioning import looked_at_again
-from reparam.equivalence.gather import Ran, gather
+from reparam.equivalence.gather import Ran, gather, typical_noise
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
 from reparam.equivalence.metrics import distinct_values, rms
@@ -111,18 +111,16 @@ def verify(
         session.original = PrivateCopy(deployed, "original")
     misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
     ran: list[Ran] = []
-    cases: dict[str, Case] = {}
     batches, prepared = read(data, original, inputs, limit=data_limit)
     session.notes += prepared
     for slot in plan(inputs, level, seed, vary_shapes, batches):
-        cases.update({case.name: case for case in slot})
         if only is not None and not any(case.is_example or case.name in only for case in slot):
             continue
         ran.append(_run_slot(session, slot, BUDGET if level == "standard" else float("inf")))
 
-    def judged() -> Comparison:
+    def judged(cases: list[Ran]) -> Comparison:
         return gather(
-            ran,
+            cases,
             rules,
             asked_algebra=session.candidate64 is not None and isinstance(candidate, (nn.Module, Elsewhere)),
             misrounded=misrounded,
@@ -130,17 +128,19 @@ def verify(
             level=level,
             seed=seed,
             cost=session.spent,
+            typical=typical,
         )
 
-    comparison = judged()
+    typical = typical_noise(ran)
+    comparison = judged(ran)
     if not comparison.passed and isinstance(original, nn.Module):
-        ran = looked_at_again(session, original if deployed is None else deployed, ran, comparison.cases, cases)
-        comparison = judged()
+        ran = looked_at_again(session, original, deployed or original, ran, comparison.cases)
+        comparison = judged(ran)
     if comparison.passed or not isinstance(original, nn.Module) or runtime or not find_parting:
         return comparison
     exact = candidate if candidate_float64 is None else candidate_float64
-    failed = next((case.name for case in comparison.cases if case.failures), "")
-    tried = cases[failed].inputs if failed in cases else inputs
+    failed = next((one.case for one, case in zip(ran, comparison.cases, strict=True) if case.failures), None)
+    tried = inputs if failed is None else failed.inputs
     return replace(comparison, parting=_parting(original, exact, tried, seed))
 
 
@@ -179,7 +179,7 @@ def _run_slot(session: Session, slot: Slot, budget: float) -> Ran:
             only = "float64" if asked is Asked.ALGEBRA else "the deployment dtype"
             notes.append(f"{case.name}: run in {only} only, to stay within the budget")
         result = replace(ran.result, notes=(*notes, *ran.result.notes), cost=session.spent - before)
-        return replace(ran, result=result)
+        return replace(ran, result=result, case=case)
     last = slot[-1]
     return Ran(CaseResult(last.name, last.seed, last.shapes, "skipped", notes=tuple(notes)))
 

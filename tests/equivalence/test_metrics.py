@@ -184,6 +184,15 @@ def test_a_handful_of_values_is_held_to_the_scale_of_all() -> None:
     assert _judged(3 * error, noise, truth, floor) > 1.0
 
 
+def test_a_score_beside_a_box_is_not_held_to_the_scale_of_the_box() -> None:
+    truth = torch.tensor([[-946.0, 22.0, -2124.0, 1033.0, 4.2e-4]], dtype=torch.float64)
+    noise, error = torch.zeros_like(truth), torch.zeros_like(truth)
+    noise[0, :4], error[0, 4] = 1e-5, 2 * 4.2e-4
+    floor = numeric_floor(torch.float32, runtime=False)
+    assert _judged(error, noise, truth, floor) > 1.0
+    assert _judged(noise, noise, truth, floor) <= 1.0
+
+
 def test_without_noise_the_floor_decides() -> None:
     truth = _noise(0)
     zero = torch.zeros_like(truth)

@@ -301,3 +301,12 @@ def test_exported_and_traced_candidates() -> None:
     assert verify(original, torch.fx.symbolic_trace(original), x).passed
     comparison: Comparison = verify(net(1), exported, x, vary_shapes=False)
     assert not comparison.passed
+
+
+def test_an_output_that_is_always_empty_is_no_lack_of_evidence() -> None:
+    original = Function(lambda x: (x * 2.0, x[:, :0]))
+    assert verify(original, copy.deepcopy(original), example()).passed
+    other = Function(lambda x: (x * 2.0, x[:, :1]))
+    assert not verify(original, other, example()).passed
+    nothing = Function(lambda x: x[:, :0])
+    assert not verify(nothing, copy.deepcopy(nothing), example()).passed

@@ -107,3 +107,14 @@ def test_a_norm_whose_merging_was_undone_is_told_so() -> None:
     said = f"BatchNormalization {place}.bn: merging it was undone: {UNDONE.failure}"
     assert reasons_of((norm,), report) == (said,)
     assert reasons_of((replace(norm, module=f"{place}2.bn"),), report)[0].endswith("please report it")
+
+
+def test_what_fusing_said_of_a_norm_itself_goes_before_what_was_undone_around_it() -> None:
+    root = replace(UNDONE, rewrite=replace(UNDONE.rewrite, place=replace(UNDONE.rewrite.place, module="")))
+    around = replace(UNDONE, rewrite=replace(UNDONE.rewrite, place=replace(UNDONE.rewrite.place, module="net")))
+    refusal = replace(REPORT.refusals[0], place=replace(REPORT.refusals[0].place, module="net.bn"))
+    report = replace(REPORT, undone=(root, around), refusals=(refusal,))
+    norm = Leftover("BatchNormalization", "BatchNormalization", "node_11", "net.bn")
+    assert reasons_of((norm,), report) == (f"BatchNormalization net.bn: {refusal.reason}",)
+    assert reasons_of((replace(norm, module="net.other"),), report)[0].endswith(f"undone: {UNDONE.failure}")
+    assert reasons_of((replace(norm, module=""),), report)[0].endswith("please report it")
