@@ -12,14 +12,16 @@ It excuses little, and nothing by mistake:
 * The original must repeat its answer when it is run anew, or its noise is not what was measured.
 * In float64 its answer must move in proportion to its weights. That of a model which compares a weight with a constant
   or rounds it to an index does not: it jumps, however little the weight moves.
-* It must amplify roundings `ILL_CONDITIONED` times; of a well-conditioned original the first verdict stands.
+* It must amplify roundings `ILL_CONDITIONED` times, those of its weights in float64 and those that it was seen to make;
+  of a well-conditioned original the first verdict stands.
 * Its noise is raised `MOST_LUCK` times at most, and only in the case that failed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -47,20 +49,7 @@ STEPS, IN_PROPORTION = (1.0, 2.0**10, 2.0**16), (40.0, 100.0)
 move every weight, the answer must move by about 64 times more: what jumps does so each time. The first is the noise
 that counts, in which all operations round as well; that must be less than what the second shows."""
 
-
-@dataclass(frozen=True)
-class _Look:
-    """How the original is run.
-
-    Attributes:
-        module: which, as it was given.
-        dtype: in which dtype; None as it is.
-        ulp_of: the dtype by whose ULP its weights move; None for their own.
-    """
-
-    module: nn.Module
-    dtype: torch.dtype | None = None
-    ulp_of: torch.dtype | None = None
+Noises: TypeAlias = "dict[str, list[Spread]]"
 
 
 def looked_at_again(
@@ -95,29 +84,26 @@ def _is_near(result: CaseResult) -> bool:
 
 
 def _looked_at(session: Session, original: nn.Module, deployed: nn.Module, ran: Ran, case: Case, truth: Flat) -> Ran:
-    noises = _in_proportion(session, _Look(original, torch.float64), case, truth)
-    ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, noises.get(one.figures.name, []))}
-    if not ill:
+    try:
+        wide = _in_proportion(session, original, ran, case, truth)
+        ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, wide.get(one.figures.name, []))}
+        if not ill:
+            return ran
+        narrow: Noises = {}
+        if session.rules.dtype != torch.float64:
+            narrow = _noises(session, deployed, None, ran, case, truth)
+    except Exception:  # weights that must be what they are, outputs that cannot be compared: nothing is known then
         return ran
-    narrow: dict[str, list[Spread]] = {}
-    if session.rules.dtype != torch.float64:
-        narrow = _noises(session, _Look(deployed), case, truth)
-    if session.rounded64 is not None and not session.exact:  # the candidate's weights were rounded, in float64 as well
-        rounded = _Look(original, torch.float64, session.rules.dtype)
-        noises = _joined(noises, _noises(session, rounded, case, truth))
-    measured = [_with(one, narrow, noises) if one.figures.name in ill else one for one in ran.measured]
+    measured = [_with(one, narrow, wide) if one.figures.name in ill else one for one in ran.measured]
     return replace(ran, measured=tuple(measured))
 
 
-def _in_proportion(session: Session, look: _Look, case: Case, truth: Flat) -> dict[str, list[Spread]]:
+def _in_proportion(session: Session, original: nn.Module, ran: Ran, case: Case, truth: Flat) -> Noises:
     """The noises of the outputs that move in proportion to the weights; none if the original does not repeat itself."""
-    try:
-        anew = session.call(PrivateCopy(look.module, "original", look.dtype), case, look.dtype)
-    except Exception:
-        return {}
+    anew = session.call(PrivateCopy(original, "original", torch.float64), case, torch.float64)
     if not identical(anew, truth):
         return {}
-    first, little, much = (_noises(session, look, case, truth, step) for step in STEPS)
+    first, little, much = (_noises(session, original, torch.float64, ran, case, truth, step) for step in STEPS)
     return {
         name: noises
         for name, noises in first.items()
@@ -131,45 +117,43 @@ def _is_in_proportion(first: Spread, little: Spread, much: Spread) -> bool:
 
 
 def _is_ill_conditioned(one: Measured, noises: Sequence[Spread]) -> bool:
+    """Whether both the roundings of its weights in float64 and those that were seen are amplified."""
     if one.truth is None or not noises:
         return False
     amplified = max(relative(noise.rms, one.truth.rms) for noise in noises) / torch.finfo(torch.float64).eps
     if one.numeric is not None:
-        amplified = max(amplified, one.figures.original_noise / torch.finfo(one.dtype).eps)
+        amplified = min(amplified, one.figures.original_noise / torch.finfo(one.dtype).eps)
     return amplified >= ILL_CONDITIONED
 
 
-def _noises(session: Session, look: _Look, case: Case, truth: Flat, step: float = 1.0) -> dict[str, list[Spread]]:
-    """By output, how far each answer with moved weights is from the truth; nothing if one cannot be had.
+def _noises(
+    session: Session,
+    module: nn.Module,
+    dtype: torch.dtype | None,
+    ran: Ran,
+    case: Case,
+    truth: Flat,
+    step: float = 1.0,
+) -> Noises:
+    """By output, how far each answer with moved weights is from the truth, run in `dtype` or as it is.
 
-    The directions are the same for every look and step.
+    The directions are the same in all dtypes and for every step. Outputs with an element that is not finite are left
+    out.
     """
-    found: dict[str, list[Spread]] = {}
+    found: Noises = {}
     for draw in range(DRAWS):
-        try:
-            copied = moved(look.module, look.dtype, look.ulp_of, session.seed + draw, step)
-            answer = session.call(copied, case, look.dtype).tensors()
-        except Exception:  # weights that must be what they are: nothing is known then
-            return {}
-        for name, wanted in truth.tensors().items():
-            other = answer.get(name)
-            if other is not None and other.shape == wanted.shape and wanted.numel() and wanted.is_floating_point():
-                found.setdefault(name, []).append(_noise(_double(wanted), _double(other)))
-    return found
+        answer = session.call(moved(module, dtype, session.seed + draw, step), case, dtype).tensors()
+        for one in ran.measured:
+            name = one.figures.name
+            if one.truth is None or name not in answer or one.figures.elements != answer[name].numel():
+                continue
+            error = _double(answer[name]) - _double(truth.tensors()[name])
+            if bool(error.isfinite().all()):
+                found.setdefault(name, []).append(spread(error / one.unit))
+    return {name: noises for name, noises in found.items() if len(noises) == DRAWS}
 
 
-def _noise(truth: torch.Tensor, answer: torch.Tensor) -> Spread:
-    """Of the error, in units of the largest value of the truth, as all spreads of a `Measured` are."""
-    usable = truth.isfinite() & answer.isfinite()
-    unit = float(truth[usable].abs().max()) if bool(usable.any()) else 0.0
-    return spread(torch.where(usable, answer - truth, 0.0) / (unit or 1.0))
-
-
-def _joined(one: dict[str, list[Spread]], other: dict[str, list[Spread]]) -> dict[str, list[Spread]]:
-    return {name: one.get(name, []) + other.get(name, []) for name in one.keys() | other.keys()}
-
-
-def _with(before: Measured, narrow: dict[str, list[Spread]], wide: dict[str, list[Spread]]) -> Measured:
+def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
     """The measurement with the larger noise, its figures, and a note on both."""
     name = before.figures.name
     after = replace(

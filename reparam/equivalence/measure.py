@@ -237,7 +237,7 @@ def _measure_floats(
     samples = metrics.distinct(t, dtype)
     if runs.given is not None:
         samples = min(samples, SAMPLES_PER_VALUE * runs.given)
-    return Measured(figures, s_truth, numeric, algebra, samples, dtype, shared)
+    return Measured(figures, s_truth, numeric, algebra, samples, dtype, shared, unit)
 
 
 def _measure_exact(

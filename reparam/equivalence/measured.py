@@ -69,7 +69,11 @@ class Runs:
 
 @dataclass(frozen=True)
 class Measured:
-    """One output, measured: its figures, and the spreads that a verdict needs (None: that question is not asked)."""
+    """One output, measured: its figures, and the spreads that a verdict needs (None: that question is not asked).
+
+    Attributes:
+        unit: of the spreads, in the output's own.
+    """
 
     figures: OutputComparison
     truth: Spread | None = None
@@ -78,3 +82,4 @@ class Measured:
     samples: int = 1
     dtype: torch.dtype = torch.float32
     shared_nonfinite: bool = False
+    unit: float = 1.0

@@ -200,13 +200,10 @@ def disturbed(
     return copied if found else None
 
 
-def moved(
-    original: nn.Module, dtype: torch.dtype | None, ulp_of: torch.dtype | None, seed: int, step: float = 1.0
-) -> nn.Module:
-    """A copy, in `dtype` or as it is, with every floating-point weight moved by up to `step` halves of a ULP.
+def moved(original: nn.Module, dtype: torch.dtype | None, seed: int, step: float = 1.0) -> nn.Module:
+    """A copy, in `dtype` or as it is, with every floating-point weight moved by up to `step` halves of its own ULP.
 
-    The ULP is that of `ulp_of`, or of each weight's own dtype. Zeros and what is not finite stay what they are, and
-    nothing becomes infinite.
+    Zeros and what is not finite stay what they are, and nothing becomes infinite.
     """
     generator = torch.Generator().manual_seed(seed)
     copied = private_copy(original, "original", dtype)
@@ -217,7 +214,7 @@ def moved(
         for rows in row_blocks(tuple(tensor.shape)) if tensor.dim() else (...,):
             block = tensor.data[rows]
             wide = block.double()
-            other = (wide + step * _rounding(wide, ulp_of or tensor.dtype, generator)).to(block.dtype)
+            other = (wide + step * _rounding(wide, tensor.dtype, generator)).to(block.dtype)
             block.copy_(torch.where((block == 0) | ~other.isfinite(), block, other))
     return copied
 

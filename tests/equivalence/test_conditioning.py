@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,14 +20,18 @@ Net = TypeVar("Net", bound=Plain)
 
 
 class Chaotic(Plain):
-    """All outputs hang on one number, which goes through the logistic map: one rounding grows 2^16 times, by luck."""
+    """All outputs hang on one number, which goes through twelve sines of some five times itself."""
+
+    def __init__(self, width: int = 12, depth: int = 3) -> None:
+        super().__init__(width, depth)
+        self.gains = nn.Parameter(5.0 + torch.rand(12, generator=torch.Generator().manual_seed(1)))
 
     def forward(self, x: torch.Tensor) -> Any:
         features = self.features(x).mean((2, 3))
-        values = torch.sigmoid(features.mean(1, keepdim=True))
-        for _ in range(16):
-            values = 3.99 * values * (1.0 - values)
-        return self.head(values * features)
+        value = features.mean(1, keepdim=True)
+        for gain in self.gains:
+            value = torch.sin(gain * value)
+        return self.head(value * features)
 
 
 class Cancelling(Plain):
@@ -45,24 +51,59 @@ def of(kind: type[Net], seed: int) -> Net:
     return made
 
 
-def verdicts(dtype: torch.dtype) -> list[Any]:
-    """Of folds that are right; one image, so that luck has few samples to even it out."""
-    comparisons = []
-    for seed in SEEDS:
-        original = of(Chaotic, seed).to(dtype)
-        comparisons.append(verify(original, folded(original), example(dtype, seed, batch=1), seed=seed))
-    return comparisons
+def failing(kind: type[Plain], noise_factor: float) -> dict[int, Any]:
+    """By seed, what is said of folds that are right; one image, so that luck has few samples to even it out."""
+    found = {}
+    for seed in range(24):
+        original = of(kind, seed)
+        exact = folded(copy.deepcopy(original).double())
+        comparison = verify(
+            original,
+            copy.deepcopy(exact).float(),
+            example(seed=seed, batch=1),
+            candidate_float64=exact,
+            seed=seed,
+            level="quick",
+            noise_factor=noise_factor,
+        )
+        if not comparison.passed:
+            found[seed] = comparison
+    return found
 
 
-def test_a_chaotic_original_s_noise_is_no_single_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    for comparison in (looked_at := verdicts(torch.float32)):
-        assert comparison.passed, comparison.failures
-    monkeypatch.setattr(conditioning, "DRAWS", 0)
-    failed = [index for index, comparison in enumerate(verdicts(torch.float32)) if not comparison.passed]
-    assert failed, "no case needed the second look, so that this test shows nothing"
-    for index in failed:
-        notes = [note for case in looked_at[index].cases for note in case.notes]
-        assert any("weights moved by half a ULP" in note for note in notes)
+def without_the_look(function: Callable[..., Any], *args: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conditioning, "MOST_LUCK", 0.0)
+        return function(*args)
+
+
+def test_a_chaotic_original_s_noise_is_no_single_sample() -> None:
+    """A bar of a third of the noise: right folds fail it by chance, and fewer where the noise is better known."""
+    alone = without_the_look(failing, Chaotic, 0.3)
+    looked_at = failing(Chaotic, 0.3)
+    assert len(alone) >= 4
+    assert len(looked_at) <= len(alone) // 2
+    assert looked_at.keys() < alone.keys()
+
+
+def test_a_well_conditioned_original_s_first_verdict_stands() -> None:
+    alone = without_the_look(failing, Plain, 0.3)
+    assert alone
+    assert failing(Plain, 0.3).keys() == alone.keys()
+
+
+def test_what_was_measured_is_told() -> None:
+    original = of(Chaotic, 0)
+    exact = folded(copy.deepcopy(original).double())
+    for seed in range(24):
+        x = example(seed=seed, batch=1)
+        comparison = verify(original, copy.deepcopy(exact).float(), x, candidate_float64=exact, noise_factor=0.2)
+        for case in comparison.cases:
+            for note in case.notes:
+                if "weights moved by half a ULP" in note:
+                    assert "in float32 (allowed for was " in note or "in float64 (allowed for was " in note
+                    return
+    pytest.fail("no case was looked at again")
 
 
 @pytest.mark.parametrize("kind", [Plain, Chaotic])
@@ -173,15 +214,9 @@ def test_what_jumps_or_remembers_excuses_nothing(kind: type[Plain]) -> None:
             wrong = copy.deepcopy(original)
             wrong.head.weight.data *= 1.0 + size
             comparison = verify(original, wrong, example(seed=seed), seed=seed)
-            without = verify_without_the_look(original, wrong, example(seed=seed), seed)
+            without = without_the_look(lambda a, b, at: verify(a, b, example(seed=at), seed=at), original, wrong, seed)
             assert [case.status for case in comparison.cases] == [case.status for case in without.cases]
             assert not any("ill-conditioned" in note for case in comparison.cases for note in case.notes)
-
-
-def verify_without_the_look(original: nn.Module, candidate: nn.Module, x: torch.Tensor, seed: int) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conditioning, "MOST_LUCK", 0.0)
-        return verify(original, candidate, x, seed=seed)
 
 
 def test_it_is_the_input_that_failed_that_is_looked_at() -> None:
@@ -225,17 +260,50 @@ def test_a_narrow_deployment_does_not_make_the_original_ill_conditioned() -> Non
         assert not comparison.passed
 
 
-def test_outputs_without_elements_and_of_integers_are_left_alone() -> None:
-    class Three(Plain):
+class Decaying(Plain):
+    """A power of a weight: moving that moves the answer 400 times as far, while its roundings hardly add up."""
+
+    def __init__(self, width: int = 12, depth: int = 3) -> None:
+        super().__init__(width, depth)
+        self.decay = nn.Parameter(torch.tensor(0.999))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x) * self.decay**400
+
+
+class Halving(Plain):
+    """Its noise is that of a cast inside it, and no amplified rounding."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x.half().to(x.dtype))
+
+
+@pytest.mark.parametrize("kind", [Decaying, Halving])
+def test_both_kinds_of_roundings_must_be_amplified(kind: type[Plain]) -> None:
+    for seed in range(4):
+        original = of(kind, seed)
+        for size in (3e-6, 3e-5, 1e-3):
+            wrong = copy.deepcopy(original)
+            wrong.head.weight.data *= 1.0 + size
+            comparison = verify(original, wrong, example(seed=seed), seed=seed)
+            assert not any("ill-conditioned" in note for case in comparison.cases for note in case.notes)
+
+
+def test_outputs_that_cannot_be_looked_at_are_left_alone() -> None:
+    """Without elements, of integers, not finite, of NumPy, beside one that fails by little."""
+
+    class Several(Plain):
         def forward(self, x: torch.Tensor) -> Any:
             logits = super().forward(x)
-            return logits, logits[:, :0], logits.argmax(1)
+            infinite = torch.where(logits > 0, torch.inf, logits)
+            return logits, logits[:, :0], logits.argmax(1), infinite, np.arange(3)
 
-    original = of(Three, 0)
+    original = of(Several, 0)
     wrong = copy.deepcopy(original)
     wrong.head.weight.data *= 1.0 + 1e-5
-    assert not verify(original, wrong, example()).passed
-    assert verify(original, copy.deepcopy(original), example()).passed
+    comparison = verify(original, wrong, example())
+    assert not comparison.passed
+    assert max(output.worst_ratio for output in comparison.outputs) > 1.0
 
 
 def test_moving_keeps_zeros_infinities_ties_and_the_module_itself() -> None:
@@ -245,7 +313,7 @@ def test_moving_keeps_zeros_infinities_ties_and_the_module_itself() -> None:
     module.register_buffer("mask", torch.tensor(float("-inf")).expand(3))
     module.register_buffer("index", torch.tensor([1, 2]))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    other = moved(module, None, None, seed=0, step=1024.0)
+    other = moved(module, None, seed=0, step=1024.0)
     assert other.tied is other.weight
     assert other.weight[0] == 0.0
     assert (other.weight[1:3] != module.weight[1:3]).all()
