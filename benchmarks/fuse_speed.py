@@ -34,6 +34,7 @@ from reparam.bench import statistics  # noqa: E402
 from reparam.bench.machine import WallClock, hardware_name, system_load  # noqa: E402
 from reparam.bench.measure import Runner, measure  # noqa: E402
 from tools import timm_zoo  # noqa: E402
+from tools.torch_rewrites import optimization  # noqa: E402
 
 LIMIT = 1.5
 # Time per layer may rise this much over the depth before the growth is called worse than linear.
@@ -87,9 +88,7 @@ def ours(model: nn.Module, x: torch.Tensor) -> Any:
 
 def theirs(model: nn.Module, x: torch.Tensor) -> Any:
     """torch.fx's: symbolic trace and conv-BN folding, on a copy."""
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(model)
+    return optimization().fuse(model)
 
 
 WAYS: dict[str, Callable[[nn.Module, torch.Tensor], Any]] = {"theirs": theirs, "ours": ours}

@@ -35,6 +35,7 @@ from tests.zoo.peers import PEERS  # noqa: E402
 from tools import timm_zoo  # noqa: E402
 from tools.layer_counts import count_layers, errors, output_of  # noqa: E402
 from tools.record import first_line, write  # noqa: E402
+from tools.torch_rewrites import optimization  # noqa: E402
 
 MODELS = "repvgg_a0,mobileone_s0,mobileone_s1,resnet18,resnet50,efficientnet_b0"
 SIZE = 64
@@ -43,9 +44,8 @@ Tool = Callable[[nn.Module, torch.Tensor], nn.Module]
 
 def torch_fx(model: nn.Module, x: torch.Tensor) -> nn.Module:
     """Folds BatchNorm modules into the convolution or linear module before them."""
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(model)
+    folded: nn.Module = optimization().fuse(model)
+    return folded
 
 
 def fuse_fx(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -124,9 +124,8 @@ def on_model(name: str, size: int) -> ModelRow:
 
 def remove_dropout(model: nn.Module, x: torch.Tensor) -> nn.Module:
     """torch.fx's removal of dropout."""
-    from torch.fx.experimental.optimization import remove_dropout as remove
-
-    return remove(model)
+    removed: nn.Module = optimization().remove_dropout(model)
+    return removed
 
 
 def dropouts(module: nn.Module) -> int:

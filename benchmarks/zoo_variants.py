@@ -18,6 +18,7 @@ from tools import timm_zoo
 from tools.compare_authors import CONVERSIONS
 from tools.layer_counts import errors, output_of
 from tools.record import first_line
+from tools.torch_rewrites import optimization
 
 ORIGINAL, AUTHORS, FX, ONNXSIM, OURS = "original", "author's", "torch.fx fuse", "onnxsim", "reparam"
 VARIANTS = (ORIGINAL, AUTHORS, FX, ONNXSIM, OURS)
@@ -62,9 +63,8 @@ def authors(model: nn.Module) -> nn.Module:
 
 def torch_fx(model: nn.Module) -> nn.Module:
     """torch.fx's folding of BatchNorms, which copies."""
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(model)
+    folded: nn.Module = optimization().fuse(model)
+    return folded
 
 
 def convert(model: nn.Module, x: torch.Tensor, device: torch.device, machine: str | None = None) -> Converted:

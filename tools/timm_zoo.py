@@ -164,18 +164,22 @@ def create_small(
     """The model as `create` makes it, and two images: small ones, if the model takes them."""
     config = import_timm().get_pretrained_cfg(name)
     own = tuple(config.input_size)
-    smaller = [] if config.fixed_input_size else [(own[0], SMALL, SMALL), config.min_input_size]
-    for size in smaller:
+    small = (own[0], SMALL, SMALL)
+    # A model for one size only is built for the small one where its constructor can.
+    smaller = [(small, {"img_size": SMALL})] if config.fixed_input_size else [(small, {}), (config.min_input_size, {})]
+    for size, built_for in smaller:
         if size is not None:
-            with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # the image was too small
-                return _created_at(name, tuple(size), seed, lively, norms)
+            # It does not take a size, or the image was too small.
+            with contextlib.suppress(RuntimeError, AssertionError, ValueError, TypeError):
+                return _created_at(name, tuple(size), seed, lively, norms, **built_for)
     return _created_at(name, own, seed, lively, norms)
 
 
 def _created_at(
-    name: str, size: tuple[int, ...], seed: int, lively: bool, norms: bool
+    name: str, size: tuple[int, ...], seed: int, lively: bool, norms: bool, **kwargs: Any
 ) -> tuple[nn.Module, torch.Tensor]:
-    model = create(name, seed=seed, lively=lively, norms=norms, pretrained_cfg_overlay={"input_size": size})
+    overlay = {"input_size": size}
+    model = create(name, seed=seed, lively=lively, norms=norms, pretrained_cfg_overlay=overlay, **kwargs)
     x = torch.randn(2, *input_size(model), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         model(x)

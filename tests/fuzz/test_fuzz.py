@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from tests.fuzz.program import draw
 from tests.support import executed_counts, sampled
 from tools import fuzz_graphs
 from tools.fuzz_graphs import campaign, check, engine, minimise
+from tools.torch_rewrites import optimization
 
 
 @pytest.mark.parametrize(("count", "seed"), sampled([(50, 0), (200, 50)], 2))
@@ -167,12 +166,10 @@ def test_a_sabotaged_fuse_is_caught(fuse: fuzz_graphs.Fuse) -> None:
 @pytest.mark.slow
 def test_a_published_fold_that_is_silently_wrong_is_caught() -> None:
     """torch's own fold of Conv and BatchNorm is wrong on shared convolutions; the fuzzer finds that by itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimization = importlib.import_module("torch.fx.experimental.optimization")
 
     def peer(model: nn.Module, x: torch.Tensor) -> nn.Module:
-        return optimization.fuse(model)
+        folded: nn.Module = optimization().fuse(model)
+        return folded
 
     outcomes, failing = campaign(150, 0, peer, stop_after=50)
     assert outcomes["wrong"] > 0

@@ -109,7 +109,11 @@ def test_lively_models_show_their_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("name", "source", "shape"),
-    [("test_resnet", "resnet", (2, 3, 64, 64)), ("test_vit", "vision_transformer", (2, 3, 160, 160))],
+    [
+        ("test_resnet", "resnet", (2, 3, 64, 64)),
+        ("test_vit", "vision_transformer", (2, 3, 64, 64)),
+        ("crossvit_tiny_240", "crossvit", (2, 3, 240, 240)),
+    ],
 )
 def test_small_images_where_the_model_takes_them(name: str, source: str, shape: tuple[int, ...]) -> None:
     assert family(name) == source
