@@ -24,3 +24,15 @@ def _same_random_numbers(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """REPARAM_TEST_ORDER=N draws another order of files, and of tests within each: no test may need what ran before."""
+    order = os.environ.get("REPARAM_TEST_ORDER")
+    if order is None:
+        return
+    draw = random.Random(order)
+    files = sorted({item.path for item in items})
+    draw.shuffle(files)
+    place = {path: index for index, path in enumerate(files)}
+    items.sort(key=lambda item: (place[item.path], draw.random()))

@@ -20,7 +20,8 @@ from reparam.capture.imports import missing_operators_skipped
 
 CALIBRATION_FORWARDS = 2
 CALIBRATION_BATCH = 4
-SMALL = 64
+SMALL = (64, 128)
+"""Sides of images, in pixels, that are tried before the model's own."""
 
 
 def import_torchvision() -> ModuleType:
@@ -164,14 +165,15 @@ def create_small(
     """The model as `create` makes it, and two images: small ones, if the model takes them."""
     config = import_timm().get_pretrained_cfg(name)
     own = tuple(config.input_size)
-    small = (own[0], SMALL, SMALL)
-    # A model for one size only is built for the small one where its constructor can.
-    smaller = [(small, {"img_size": SMALL})] if config.fixed_input_size else [(small, {}), (config.min_input_size, {})]
-    for size, built_for in smaller:
-        if size is not None:
-            # It does not take a size, or the image was too small.
-            with contextlib.suppress(RuntimeError, AssertionError, ValueError, TypeError):
-                return _created_at(name, tuple(size), seed, lively, norms, **built_for)
+    sizes = [(own[0], side, side) for side in SMALL if side < own[1]]
+    if not config.fixed_input_size and config.min_input_size is not None:
+        sizes.append(tuple(config.min_input_size))
+    for size in sizes:
+        # A model for one size only is built for the small one where its constructor can.
+        built_for = {"img_size": size[1]} if config.fixed_input_size else {}
+        # It does not take a size, or the image was too small.
+        with contextlib.suppress(RuntimeError, AssertionError, ValueError, TypeError):
+            return _created_at(name, size, seed, lively, norms, **built_for)
     return _created_at(name, own, seed, lively, norms)
 
 
