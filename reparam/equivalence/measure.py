@@ -31,7 +31,7 @@ from reparam.equivalence.outputs import Flat, flatten, renamed, structure_failur
 _NOISE_MARGIN = 8.0
 # The disturbed weights show one rounding. Folding within the deployment dtype, as most tools do, rounds several times
 # and the factor of a channel coherently; that is still rounding and not wrong algebra. Measured ratios reach 1.8.
-_FOLD_ROUNDINGS = 3.0
+FOLD_ROUNDINGS = 3.0
 _EPS64, _EPS32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 
 
@@ -215,6 +215,7 @@ def _measure_floats(
     unit = float(t.abs().max()) or 1.0
     s_truth, s_noise = spread(t / unit), spread(noise / unit)
     s_rounding = None if rounding is None else spread(rounding / unit)
+    amplified = metrics.relative(s_noise.rms, s_truth.rms) / torch.finfo(noise_dtype).eps
     numeric = algebra = None
     if rules.dtype != torch.float64 and runs.numeric:
         allowed = s_noise
@@ -225,11 +226,12 @@ def _measure_floats(
         s_exact, s_error = s_noise.scaled(_NOISE_MARGIN * small), spread((c64 - t) / unit)
         single = _leaf(runs.single, figures.name, t)
         if single is not None:
-            linear = torch.where(usable & single.isfinite(), single - t, zero) / unit
-            s_exact = s_exact.larger(spread(linear).scaled(_NOISE_MARGIN * _EPS64 / _EPS32))
+            linear = spread(torch.where(usable & single.isfinite(), single - t, zero) / unit)
+            s_exact = s_exact.larger(linear.scaled(_NOISE_MARGIN * _EPS64 / _EPS32))
+            amplified = max(amplified, metrics.relative(linear.rms, s_truth.rms) / _EPS32)
         algebra = (s_error, s_exact)
         if s_rounding is not None and not runs.algebra_is_exact:
-            algebra = (s_error, s_exact.plus(s_rounding.scaled(_FOLD_ROUNDINGS)))
+            algebra = (s_error, s_exact.plus(s_rounding.scaled(FOLD_ROUNDINGS)))
         algebra = algebra if runs.judged64 else None
         per_channel = _per_channel(s_error, s_exact, s_truth, t.numel(), rules)
         per_tensor = metrics.relative(s_error.peak, s_truth.peak)
@@ -237,7 +239,7 @@ def _measure_floats(
     samples = metrics.distinct(t, dtype)
     if runs.given is not None:
         samples = min(samples, SAMPLES_PER_VALUE * runs.given)
-    return Measured(figures, s_truth, numeric, algebra, samples, dtype, shared, unit)
+    return Measured(figures, s_truth, numeric, algebra, samples, dtype, shared, unit, amplified)
 
 
 def _measure_exact(

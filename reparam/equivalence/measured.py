@@ -73,6 +73,8 @@ class Measured:
 
     Attributes:
         unit: of the spreads, in the output's own.
+        amplified: RMS noise over RMS, in roundoffs of the dtype that showed it. In half precision it cannot grow beyond
+            its reciprocal; where it is large, the run in float32 counts, too.
     """
 
     figures: OutputComparison
@@ -83,3 +85,4 @@ class Measured:
     dtype: torch.dtype = torch.float32
     shared_nonfinite: bool = False
     unit: float = 1.0
+    amplified: float = 0.0
