@@ -22,6 +22,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_blocks_run_as_printed() -> None:
     finished = run("\n".join(BLOCKS))
     assert finished.returncode == 0, finished.stderr

@@ -285,6 +285,7 @@ def test_option_is_read() -> None:
 # --- the page ---
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_printed() -> None:
     page = (ROOT / "docs" / "inference.md").read_text()
     program = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
@@ -299,6 +300,7 @@ def test_the_page_runs_as_printed() -> None:
 # --- what the files hold ---
 
 
+@pytest.mark.slow
 def test_no_operator_of_the_files_is_random_or_idle(tmp_path: Path) -> None:
     """Of the dropout family; `tests/test_notes.py` has the modules of the notes."""
     blocks = dropouts.CASES[::4]  # fused, most of the family are the same

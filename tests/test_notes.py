@@ -57,6 +57,7 @@ def test_all_are_verified_and_nothing_idle_is_left(whole: Any) -> None:
     assert_nothing_idle(result.module)
 
 
+@pytest.mark.slow
 def test_all_are_in_the_file_which_computes_the_same(whole: Any) -> None:
     model, _, inputs, file = whole
     assert file.nodes["Conv"] >= len(NOTES)
@@ -68,6 +69,7 @@ def test_all_are_in_the_file_which_computes_the_same(whole: Any) -> None:
         assert relative_error(one, torch.as_tensor(other)) < 1e-4, case.name
 
 
+@pytest.mark.slow
 def test_the_file_is_timed(whole: Any) -> None:
     model, result, inputs, file = whole
     variants = {"original": model, "fused": result.module, "onnxruntime": OnnxSession(file.path, threads=1)}

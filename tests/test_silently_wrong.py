@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -31,11 +32,13 @@ def by_name(trap: Trap) -> str:
     return trap.name
 
 
-def fuse(trap: Trap, **options: Any) -> tuple[nn.Module, Any]:
-    """(original, result); the result is None if the whole model is refused and may be."""
+@functools.cache
+def fused(name: str) -> tuple[nn.Module, Any]:
+    """(original, result without verification) of the trap; the result is None if the model is refused and may be."""
+    trap = next(trap for trap in ALL if trap.name == name)
     model = trap.make()
     try:
-        return model, reparam.fuse(model, trap.example(), **options)
+        return model, reparam.fuse(model, trap.example(), verify=False)
     except ReparamError as error:
         if not trap.may_refuse or "\n" in str(error).strip():
             raise
@@ -45,7 +48,7 @@ def fuse(trap: Trap, **options: Any) -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize("trap", ALL, ids=by_name)
 def test_engine_alone_is_exact(trap: Trap) -> None:
     """Without verification, so that nothing but the engine stands between the user and a wrong answer."""
-    model, result = fuse(trap, verify=False)
+    model, result = fused(trap.name)
     if result is None:
         return
     for batch in (None, *trap.batches):
@@ -72,7 +75,7 @@ def test_verified_and_untouched(trap: Trap) -> None:
 
 @pytest.mark.parametrize("trap", [trap for trap in ALL if not trap.may_refuse], ids=by_name)
 def test_folded_or_refused_with_a_reason(trap: Trap) -> None:
-    _, result = fuse(trap, verify=False)
+    _, result = fused(trap.name)
     assert result is not None
     static, executed = static_counts(result.module), executed_counts(result.module, trap.example())
     refusals = [f"{r.where}: {r.subject}: {r.reason}" for r in result.report.refusals]
@@ -91,7 +94,7 @@ def test_folded_or_refused_with_a_reason(trap: Trap) -> None:
     ids=by_name,
 )
 def test_other_image_sizes(trap: Trap) -> None:
-    model, result = fuse(trap, verify=False)
+    model, result = fused(trap.name)
     for size in ((6, 6), (9, 12), (13, 7)):
         inputs = trap.example()
         x = torch.randn(3, 4, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -101,7 +104,8 @@ def test_other_image_sizes(trap: Trap) -> None:
 
 def test_control_flow_on_the_size_is_right_at_other_sizes_or_refused_there() -> None:
     trap = next(trap for trap in ALL if trap.name == "branch_on_the_size")
-    model, result = fuse(trap)
+    model = trap.make()
+    result = reparam.fuse(model, trap.example())
     for width in (5, 7):
         x = torch.randn(2, 4, 7, width, dtype=torch.float64)
         assert relative_error(output_of(model, x), output_of(result.module, x)) < EXACT
@@ -114,7 +118,7 @@ def test_control_flow_on_the_size_is_right_at_other_sizes_or_refused_there() -> 
 )
 def test_fusing_twice_changes_nothing(name: str) -> None:
     trap = next(trap for trap in ALL if trap.name == name)
-    _, result = fuse(trap)
+    result = reparam.fuse(trap.make(), trap.example())
     again = reparam.fuse(result.module, trap.example())
     assert static_counts(again.module) == static_counts(result.module)
     first, second = result.module.state_dict(), again.module.state_dict()

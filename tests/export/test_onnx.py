@@ -192,7 +192,7 @@ def test_external_data_beyond_the_threshold(tmp_path: Path) -> None:
 DTYPES = [(torch.float16, True), (torch.bfloat16, False), (torch.float64, False)]
 
 
-@pytest.mark.parametrize(("dtype", "runs"), DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "runs"), sampled(DTYPES, 3), ids=str)
 def test_other_dtypes_are_written_and_the_file_says_whether_it_could_be_run(
     dtype: torch.dtype, runs: bool, tmp_path: Path
 ) -> None:
@@ -495,6 +495,7 @@ def test_a_module_that_does_not_run_in_float64_excuses_nothing() -> None:
     assert rounding_of(_OnlyFloat32(), Probe(Inputs.of(x), (x * 2,))) == [0.0]
 
 
+@pytest.mark.slow
 def test_sizes_whose_expressions_explode_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace with open image axes ends after a while, and one without them is made."""
     monkeypatch.setattr(program, "PATIENCE", 0.0)

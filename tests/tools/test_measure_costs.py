@@ -35,6 +35,7 @@ def test_the_fit_finds_the_constants_that_made_the_times(machine: Machine, layer
         assert getattr(found, name) == pytest.approx(value, rel=0.03, abs=1e-9), name
 
 
+@pytest.mark.slow
 def test_constants_that_are_held_stay(layers: list[Priced]) -> None:
     """The times are those of another pooling and of a launch that is held: only the pooling is found."""
     true = replace(EAGER_CPU, windows=5e8, taps=9e9)
@@ -79,6 +80,7 @@ def test_most_pairs_are_ranked_as_the_clock_does() -> None:
         assert good / decided > 0.9, result.runtime
 
 
+@pytest.mark.slow
 def test_a_worse_machine_ranks_worse() -> None:
     """The score can fall: on a machine where only launches cost, the pairs that trade work for launches are wrong."""
     sides = all_priced_pairs()
