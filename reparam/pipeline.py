@@ -164,9 +164,10 @@ def fuse(
         graph=joined([("", made.graph, len(said))]),
     )
     if comparison is not None and not comparison.passed:
+        advice = "" if comparison.lacks_evidence else ", please report this with the report attached to this error"
         raise NotEquivalentError(
             f"the fused {report.model} does not agree with the original: {comparison.summary().rstrip('.')}; "
-            "no model was made, please report this with the report attached to this error",
+            f"no model was made{advice}",
             report,
         )
     if undone and strict:

@@ -62,8 +62,8 @@ class Row(sweep.ModelRow):
         image: size of the example, channels first, without the batch.
         float64_error: of the fused model, by this script; None if it was not reached.
         verdicts: by dtype: `passed`, `undone` (how many rewrites), `error` and `noise` (relative to the truth in
-            float64; None if not finite), `nearest` (largest ratio of error to bar; at most 1 passes), `cost` (forward
-            passes), `said` (the alarm, or why fusing failed).
+            float64; None if not finite, or if nothing finite was left to compare), `nearest` (largest ratio of error
+            to bar; at most 1 passes), `cost` (forward passes), `said` (the alarm, or why fusing failed).
         seconds: in all.
         error: why nothing could be asked.
     """
@@ -151,7 +151,7 @@ def _verdict(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
         "passed": comparison.passed,
         "undone": len(report.undone),
         "error": _finite(comparison.numeric_error),
-        "noise": _finite(comparison.original_noise),
+        "noise": None if comparison.lacks_evidence else _finite(comparison.original_noise),
         "nearest": _finite(max((output.worst_ratio for output in comparison.outputs), default=math.inf)),
         "cost": round(comparison.cost, 2),
         "said": said,

@@ -216,6 +216,11 @@ class Comparison:
     parting: Parting | None = None
 
     @property
+    def lacks_evidence(self) -> bool:
+        """Whether it fails for no difference, but since nothing could be compared."""
+        return not self.passed and not self.misrounded and not any(case.failures for case in self.cases)
+
+    @property
     def only_noisy(self) -> bool:
         """Whether nothing speaks against the candidate but too much rounding noise."""
         return not self.misrounded and all(case.only_noisy for case in self.cases)

@@ -89,5 +89,7 @@ def test_an_original_that_overflows_says_so() -> None:
         model[4].running_mean.fill_(-6e4)  # type: ignore[operator, union-attr]
     with pytest.raises(
         reparam.NotEquivalentError, match="the original itself overflows: give it smaller inputs, or a wid"
-    ):
+    ) as caught:
         reparam.fuse(model.half(), torch.randn(2, 3, 8, 8).half())
+    assert str(caught.value).endswith("no model was made")  # nobody is asked to report what is no fault
+    assert caught.value.report.comparison.lacks_evidence

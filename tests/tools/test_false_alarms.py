@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from tools import false_alarms
 from tools.false_alarms import Row, in_turn, markdown
@@ -44,6 +46,15 @@ def test_a_real_model_agrees_in_every_dtype() -> None:
     assert row.exact
     assert [row.outcome(dtype) for dtype in false_alarms.DTYPES] == ["agrees"] * 3
     assert all(0 < row.verdicts[dtype]["noise"] < 0.5 for dtype in false_alarms.DTYPES)
+
+
+def test_an_original_that_overflows_raises_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    model[0].weight.data *= 1e6
+    x = torch.rand(2, 3, 8, 8)
+    monkeypatch.setattr(false_alarms.timm_zoo, "create_small", lambda name: (model, x))
+    row = false_alarms.measured("resnet18", ["float32", "float16"])
+    assert [row.outcome(dtype) for dtype in ("float32", "float16")] == ["agrees", "drowned"]
 
 
 def test_table_counts_and_lists_what_does_not_agree() -> None:
