@@ -217,7 +217,7 @@ class Comparison:
 
     @property
     def lacks_evidence(self) -> bool:
-        """Whether it fails for no difference, but since nothing could be compared."""
+        """Whether it fails for no difference that was found, but since an output could not be compared."""
         return not self.passed and not self.misrounded and not any(case.failures for case in self.cases)
 
     @property

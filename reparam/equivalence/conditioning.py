@@ -12,8 +12,10 @@ It excuses little, and nothing by mistake:
 * The original must repeat its answer when it is run anew, or its noise is not what was measured.
 * In float64 its answer must move in proportion to its weights. That of a model which compares a weight with a constant
   or rounds it to an index does not: it jumps, however little the weight moves.
-* It must amplify roundings `ILL_CONDITIONED` times, those of its weights in float64 and those that it was seen to make;
-  of a well-conditioned original the first verdict stands.
+* It must amplify roundings `ILL_CONDITIONED` times, those of its weights in float64 and those that it was seen to make
+  (in half precision, where noise as large as the answers cannot grow, those that float32 makes); of a well-conditioned
+  original the first verdict stands.
+* What its deployment shows counts as far as float64 lets expect it (`AS_EXPECTED`).
 * Its noise is raised `MOST_LUCK` times at most, and only in the case that failed.
 """
 
@@ -39,8 +41,11 @@ from reparam.equivalence.session import Session
 
 DRAWS, DEPLOYED_DRAWS = 3, 10
 """How often the weights are moved in float64 and in the deployment dtype; the largest answer counts. Where one
-direction dominates, the noise of a run is a single normal number however many outputs it moves: of two such, one is
-more than twice the other in 30% of all cases; more than twice the largest of eleven in 0.4%."""
+direction dominates, the noise of a run is a single normal number however many outputs it moves: such a one is more than
+twice another in 30% of all cases; more than twice the largest of eleven in 0.4%."""
+AS_EXPECTED = 4.0
+"""How many times the noise in float64, in proportion, that of moved weights in the deployment dtype may be; what is
+more is a jump, over a step that is too large for float64 to see."""
 ILL_CONDITIONED = 100.0
 """How many times larger than the roundoff the RMS error of an output is, over its own RMS, from which on the noise that
 was measured is not relied upon. Most classifiers stay below it, even with random weights."""
@@ -160,7 +165,11 @@ def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
     # The weights of a candidate in float64 were rounded more than once, and the factor of a channel coherently.
     folded = [noise.scaled(FOLD_ROUNDINGS) for noise in wide[name]]
     after = replace(
-        before, numeric=_raised(before.numeric, narrow.get(name, [])), algebra=_raised(before.algebra, folded)
+        before,
+        numeric=_raised(
+            before.numeric, [_as_expected(noise, wide[name], before.dtype) for noise in narrow.get(name, [])]
+        ),
+        algebra=_raised(before.algebra, folded),
     )
     assert after.truth is not None
     figures, found = after.figures, []
@@ -182,6 +191,13 @@ def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
         f"too: {' and '.join(found)}"
     )
     return replace(after, figures=replace(figures, notes=(*figures.notes, note)))
+
+
+def _as_expected(noise: Spread, wide: Sequence[Spread], dtype: torch.dtype) -> Spread:
+    """The noise, without what is more than those in float64 let expect."""
+    steps = torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
+    most = AS_EXPECTED * steps * max(other.rms for other in wide)
+    return noise.scaled(min(1.0, relative(most, noise.rms)))
 
 
 def _raised(pair: tuple[Spread, Spread] | None, noises: Sequence[Spread]) -> tuple[Spread, Spread] | None:

@@ -32,6 +32,8 @@ _NOISE_MARGIN = 8.0
 # The disturbed weights show one rounding. Folding within the deployment dtype, as most tools do, rounds several times
 # and the factor of a channel coherently; that is still rounding and not wrong algebra. Measured ratios reach 1.8.
 FOLD_ROUNDINGS = 3.0
+# Relative noise of an output from which on it no longer tells how much its roundings are amplified.
+AT_ITS_CEILING = 0.25
 _EPS64, _EPS32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 
 
@@ -228,7 +230,8 @@ def _measure_floats(
         if single is not None:
             linear = spread(torch.where(usable & single.isfinite(), single - t, zero) / unit)
             s_exact = s_exact.larger(linear.scaled(_NOISE_MARGIN * _EPS64 / _EPS32))
-            amplified = max(amplified, metrics.relative(linear.rms, s_truth.rms) / _EPS32)
+            if s_noise.rms >= AT_ITS_CEILING * s_truth.rms:
+                amplified = max(amplified, metrics.relative(linear.rms, s_truth.rms) / _EPS32)
         algebra = (s_error, s_exact)
         if s_rounding is not None and not runs.algebra_is_exact:
             algebra = (s_error, s_exact.plus(s_rounding.scaled(FOLD_ROUNDINGS)))

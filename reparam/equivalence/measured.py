@@ -73,8 +73,8 @@ class Measured:
 
     Attributes:
         unit: of the spreads, in the output's own.
-        amplified: RMS noise over RMS, in roundoffs of the dtype that showed it. In half precision it cannot grow beyond
-            its reciprocal; where it is large, the run in float32 counts, too.
+        amplified: RMS noise over RMS, in roundoffs of the dtype that showed it. Where that noise is at its ceiling
+            (100% are 128 roundoffs of bfloat16), a run in float32 tells instead, if there was one.
     """
 
     figures: OutputComparison

@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from reparam.errors import ExportError
-from reparam.export.attention import FourAxes
 from reparam.export.place import place
 from reparam.export.program import argument_names, axis_names, in_call_order, open_axes, range_notes, trace
 from reparam.export.runtime import CALL_KEY, fixed_values
 from reparam.export.shapes import Freedom, tensor_leaves
+from reparam.export.spelling import Spelled
 from reparam.inputs import Inputs
 from reparam.quiet import deepest, quiet, reason
 
@@ -87,7 +87,7 @@ class _Flat(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         taken = list(tensors)
         outputs = []
-        with FourAxes():
+        with Spelled():
             result = self.module(*args, **kwargs)
         for tensor in tensor_leaves(result):
             outputs.append(tensor.clone() if any(tensor is other for other in taken) else tensor)

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from reparam.equivalence import conditioning, verify
+from reparam.equivalence.measure import measure
+from reparam.equivalence.measured import Rules, Runs
+from reparam.equivalence.outputs import flatten
 from reparam.equivalence.precision import moved
 from tests.equivalence.nets import Plain, example, folded, randomise
 from tests.support import sampled
@@ -308,6 +311,50 @@ def test_both_kinds_of_roundings_must_be_amplified(kind: type[Plain]) -> None:
             wrong.head.weight.data *= 1.0 + size
             comparison = verify(original, wrong, example(seed=seed), seed=seed)
             assert not any("ill-conditioned" in note for case in comparison.cases for note in case.notes)
+
+
+class Gated(nn.Module):
+    """Its norm removes a large mean, so it is ill-conditioned; a weight that it compares jumps in float32 alone."""
+
+    lost: int = 0
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.conv.bias.data += 400.0  # type: ignore[union-attr]
+        self.norm.running_mean += 400.0  # type: ignore[operator]
+        self.register_buffer("gate", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.norm(self.conv(x)).relu().mean((2, 3))
+        offset = float(2**self.lost) * features.detach().abs().max() if self.lost else 0.0
+        logits = self.head((features + offset) - offset)
+        return torch.where((self.gate - 1.0).abs() < 1e-8, logits, 1.01 * logits)
+
+
+def test_a_jump_that_float64_cannot_see_excuses_nothing() -> None:
+    for seed in range(8):
+        original = Gated(seed).eval()
+        candidate = copy.deepcopy(original)
+        candidate.lost = 16
+        assert not verify(original, candidate, torch.randn(1, 3, 12, 12), seed=seed, level="quick").passed
+
+
+@pytest.mark.parametrize(("noise", "tells"), [(0.01, False), (0.2, False), (0.5, True)])
+def test_float32_tells_what_half_precision_amplifies_where_that_is_at_its_ceiling(noise: float, tells: bool) -> None:
+    """Not of an output beside one that is: each has its own noise."""
+    truth = torch.linspace(1.0, 2.0, 64, dtype=torch.float64)
+    single = (truth * (1.0 + 1e-3)).float()
+    rounded = (truth * (1.0 + noise)).bfloat16()
+    runs = Runs(*map(flatten, (truth, rounded, rounded)), candidate64=flatten(truth), single=flatten(single))
+    (measured,), failures = measure(runs, Rules(dtype=torch.bfloat16))
+    assert not failures
+    seen = measured.amplified * torch.finfo(torch.bfloat16).eps
+    if tells:
+        assert measured.amplified == pytest.approx(1e-3 / torch.finfo(torch.float32).eps, rel=1e-2)
+    else:
+        assert seen == pytest.approx(noise, rel=0.3)
 
 
 def test_outputs_that_cannot_be_looked_at_are_left_alone() -> None:

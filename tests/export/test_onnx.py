@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -533,6 +534,39 @@ def test_attention_on_any_number_of_axes(shape: tuple[int, ...], masked: str, tm
     assert file.checked
     other = torch.randn(shape[0] + 1, *shape[1:], generator=generator)
     torch.testing.assert_close(OnnxSession(file.path)(other), model(other), rtol=1e-4, atol=1e-5)
+
+
+class _Averages(nn.Module):
+    """Averages of channels-last tensors, in every spelling; and a pooling that is none."""
+
+    def __init__(self, size: Any) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(size)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.conv(x).permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2)
+        pooled = F.adaptive_avg_pool2d(y, output_size=[1, 1])
+        return (
+            self.pool(y),
+            pooled.flatten(1),
+            F.adaptive_avg_pool1d(y.flatten(2), 1),
+            F.adaptive_avg_pool3d(y, (1, 1, 1)),
+        )
+
+
+@pytest.mark.parametrize("size", [1, (1, 1), (1, 2)], ids=str)
+def test_an_average_is_one_mean(size: Any, tmp_path: Path) -> None:
+    """As a pooling to size 1 it also sets strides, which the exporter writes as a Gather at computed indices."""
+    model = _Averages(size).eval()
+    file = export_onnx(model, image(2), tmp_path / "averages.onnx")
+    types = Counter(node.op_type for node in onnx.load(file.path).graph.node)
+    if size != (1, 2):
+        assert not {"Gather", "Range", "AveragePool"} & types.keys()
+        assert types["ReduceMean"] == 3  # two of the four are one
+    session, x = OnnxSession(file.path), image(3)
+    for got, wanted in zip(session(x), model(x), strict=True):
+        assert got.shape == wanted.shape
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_constants_that_the_exporter_left_out_are_held() -> None:

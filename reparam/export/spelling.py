@@ -1,4 +1,9 @@
-"""Attention in the one form that the ONNX exporter knows: tensors of four axes, (batch, heads, length, width)."""
+"""Operators in the form of which the ONNX exporter makes the least.
+
+* Scaled dot product attention has tensors of four axes, (batch, heads, length, width); it knows no other.
+* An average over all positions is a mean. As a pooling to size 1 it also sets the strides of a channels-last tensor:
+  the exporter writes them as a Gather at indices that it computes, six nodes that do nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+POOLS = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3}
+"""How many axes each averages over."""
 
-class FourAxes(TorchFunctionMode):
-    """Within it, scaled dot product attention on fewer or more axes is one on four, reshaped before and behind."""
+
+class Spelled(TorchFunctionMode):
+    """Within it, the operators above are called in that form."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if func in POOLS:
+            return _average(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _average(pool: Any, input: torch.Tensor, output_size: Any) -> torch.Tensor:
+    axes = POOLS[pool]
+    sizes = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size,)
+    if any(size != 1 for size in sizes):
+        result: torch.Tensor = pool(input, output_size)
+        return result
+    return input.mean(tuple(range(-axes, 0)), keepdim=True)
 
 
 def _attention(
