@@ -29,12 +29,12 @@ from tools import timm_zoo
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
 
 REAL = {
+    "resnet18": 64,
     "densenet121": 64,
     "levit_128s": 224,
     "nextvit_small": 64,
     "fastvit_t8": 64,
     "convnext_atto": 64,
-    "resnet18": 64,
     "mobilenetv3_small_050": 64,
     "regnety_002": 64,
     "edgenext_xx_small": 64,

@@ -124,7 +124,7 @@ def test_loading_and_fusing_an_archive_warns_of_nothing(tmp_path: Path, recwarn:
     assert [str(warning.message) for warning in recwarn] == []
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["scripted", "traced"])
+@pytest.mark.parametrize("traced", sampled([False, True], 2), ids=["scripted", "traced"])
 @pytest.mark.parametrize("batch", sampled([1, 3], 2))
 def test_torchscript_is_converted_and_fused(tmp_path: Path, traced: bool, batch: int) -> None:
     model = ready(Plain())
