@@ -168,11 +168,20 @@ def test_an_interrupt_behind_the_models_is_told_apart(model_file: Path, monkeypa
     assert sorted(path.name for path in model_file.parent.iterdir()) == ["net.fused.json", "net.fused.pt2", "net.pt"]
 
 
+MAIN = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("reparam", run_name="__main__", alter_sys=True)
+"""
+"""The command, in whose process an interrupt is one: tests that run in the background of a shell inherit that it is
+ignored."""
+
+
 @pytest.mark.slow
 def test_a_real_interrupt_keeps_what_is_there(model_file: Path) -> None:
     report = model_file.parent / "out.json"
     # An image large enough for the measurement to last until it is interrupted.
-    command = [sys.executable, "-m", "reparam", "fuse", str(model_file), "--input", "4x3x256x256", "--no-onnx"]
+    command = [sys.executable, "-c", MAIN, "fuse", str(model_file), "--input", "4x3x256x256", "--no-onnx"]
     command += ["--bench-seconds", "600", "--format", "markdown", "--report", str(report)]
     environment = {**os.environ, "PYTHONPATH": str(Path(workflow.__file__).parents[1])}
     process = subprocess.Popen(
