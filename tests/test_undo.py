@@ -142,6 +142,7 @@ def test_without_verification_nothing_is_looked_for() -> None:
     assert result.report.comparison is None
 
 
+@pytest.mark.slow
 def test_a_model_captured_in_parts_is_blamed_by_its_own_names() -> None:
     """All four blocks are one class, captured one by one: only the name from the whole model tells them apart."""
     model = randomised(Net(untraceable=True))

@@ -140,6 +140,7 @@ def test_a_module_is_fused_and_runs_in_runtimes() -> None:
     assert again == timing
 
 
+@pytest.mark.slow
 def test_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in that answers with the file's outputs by onnxruntime: it shows that feeds and settings arrive."""
     asked: dict[str, Any] = {}

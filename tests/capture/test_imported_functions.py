@@ -40,6 +40,7 @@ def test_they_are_traced_and_put_back(capture: str) -> None:
     assert type(torch.pow).__name__ == type(torch.where).__name__ == "builtin_function_or_method"
 
 
+@pytest.mark.slow
 def test_a_crash_would_end_the_process(tmp_path: Path) -> None:
     """In a process of its own, as a failure here is no exception."""
     (tmp_path / "shapes.py").write_text("from torch import clamp, remainder\n\ndef f(x):\n    return clamp(x, 0, 1)\n")

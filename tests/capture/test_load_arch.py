@@ -82,6 +82,7 @@ def test_a_library_that_fails_to_import_is_named(monkeypatch: pytest.MonkeyPatch
         build_arch("timm:anything")
 
 
+@pytest.mark.slow
 def test_libraries_are_imported_whose_compiled_operators_do_not_load() -> None:
     """In a process that has imported neither, as the command does it."""
     program = (

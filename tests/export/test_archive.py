@@ -105,6 +105,7 @@ def test_archive_refuses_a_size_for_which_the_graph_does_not_hold(tmp_path: Path
         loaded(image(2, 25))
 
 
+@pytest.mark.slow
 def test_archive_loads_without_the_class(tmp_path: Path) -> None:
     module, x = nets.lively(nets.Plain()), image(2)
     path = export_archive(module, x, tmp_path / "a.pt2")

@@ -46,6 +46,7 @@ def test_a_fused_model_in_float16(io: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(got.float(), model(x), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_noise_of_float16_excuses_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias that is off by a hundredth: nothing that the coarse check of a float16 file would see."""
 

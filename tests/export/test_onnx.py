@@ -272,6 +272,7 @@ def test_folder_that_does_not_exist(tmp_path: Path) -> None:
         export_onnx(nets.Plain().eval(), image(), tmp_path / "nowhere" / "n.onnx")
 
 
+@pytest.mark.slow
 def test_the_exporter_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
