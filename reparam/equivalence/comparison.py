@@ -217,7 +217,8 @@ class Comparison:
 
     @property
     def lacks_evidence(self) -> bool:
-        """Whether it fails for no difference that was found, but since an output could not be compared."""
+        """Whether it fails for no difference that was found, but since an output could not be compared, or its noise
+        was too large to tell."""
         return not self.passed and not self.misrounded and not any(case.failures for case in self.cases)
 
     @property

@@ -48,7 +48,7 @@ AS_EXPECTED = 4.0
 more is a jump, over a step that is too large for float64 to see."""
 ILL_CONDITIONED = 100.0
 """How many times larger than the roundoff the RMS error of an output is, over its own RMS, from which on the noise that
-was measured is not relied upon. Most classifiers stay below it, even with random weights."""
+was measured is not relied upon."""
 MOST_LUCK = 32.0
 """How many times smaller than the noise a sample of it may have been; larger errors are not looked at again."""
 STEPS, IN_PROPORTION = (1.0, 2.0**10, 2.0**16), (40.0, 100.0)
