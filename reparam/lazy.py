@@ -7,6 +7,7 @@ by block, so that a model which is one huge layer needs no float64 copy either.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import mmap
@@ -23,8 +24,9 @@ from reparam.quiet import without_copying_warnings
 
 SMALLEST = 1 << 16
 """Elements from which on a weight is worth being lazy."""
-_BLOCK = 1 << 20  # elements of a block
-_OWN_PAGES = 1 << 20  # bytes
+_BLOCK = 1 << 16  # elements; a float64 block of this size stays in the second-level cache
+_LARGEST_BLOCK = 1 << 20  # elements
+_OWN_PAGES = 1 << 21  # bytes: a huge page
 _aten = torch.ops.aten
 
 
@@ -38,6 +40,9 @@ def passing(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if device.type != "cpu" or size < _OWN_PAGES or sys.platform == "win32":
         return torch.empty(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # of Linux: a page at a time takes several times as long as the cast itself
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).reshape(shape)
 
 
@@ -261,10 +266,10 @@ def _reader(tensor: torch.Tensor) -> Callable[[slice], torch.Tensor]:
     return tensor.source.reader() if isinstance(tensor, Lazy) and not tensor.flipped else _value(tensor).__getitem__
 
 
-def _blocks(weight: Lazy) -> Iterator[torch.Tensor]:
+def _blocks(weight: Lazy, elements: int = _LARGEST_BLOCK) -> Iterator[torch.Tensor]:
     """The rows of a weight that is not flipped, or the columns of one that is."""
     shape = tuple(reversed(weight.shape)) if weight.flipped else tuple(weight.shape)
-    return map(weight.source.reader(), row_blocks(shape))
+    return map(weight.source.reader(), row_blocks(shape, elements))
 
 
 def _reshaped(tensor: Lazy, size: Any) -> Lazy | None:
@@ -283,8 +288,8 @@ def _like(tensor: Lazy, flipped: bool) -> Lazy:
     return Lazy(tensor.source, shape, tensor.dtype, tensor.device, flipped)
 
 
-def _is_large(weight: Any) -> bool:
-    return isinstance(weight, Lazy) and weight.numel() > _BLOCK
+def _is_large(weight: Any, elements: int = _LARGEST_BLOCK) -> bool:
+    return isinstance(weight, Lazy) and weight.numel() > elements
 
 
 def _value(tensor: Any) -> Any:
@@ -293,16 +298,19 @@ def _value(tensor: Any) -> Any:
 
 def _product(x: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
     """`x @ weight + bias` for the transpose of a large weight, columns by columns."""
-    if not _is_large(weight) or not weight.flipped or isinstance(x, Lazy):
+    if not isinstance(weight, Lazy) or not weight.flipped:
         return None
-    out = _gathered((x @ block.t() for block in _blocks(weight)), -1, weight.shape[1])
-    return out if bias is None else out.add_(_value(bias))
+    return _linear(x, _like(weight, flipped=False), bias)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
-    if not _is_large(weight) or weight.flipped or isinstance(x, Lazy):
+    """`x @ weight.t() + bias` for a large weight, rows by rows: a few where `x` is small, since each reads it anew."""
+    if isinstance(x, Lazy):
         return None
-    out = _gathered((x @ block.t() for block in _blocks(weight)), -1, weight.shape[0])
+    elements = min(max(2 * _BLOCK, 4 * x.numel()), _LARGEST_BLOCK)
+    if not _is_large(weight, elements) or weight.flipped:
+        return None
+    out = _gathered((x @ block.t() for block in _blocks(weight, elements)), -1, weight.shape[0])
     return out if bias is None else out.add_(_value(bias))
 
 

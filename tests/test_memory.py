@@ -76,7 +76,7 @@ WEIGHTS = [
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize(("use", "shape"), WEIGHTS)
 def test_a_lazy_weight_computes_what_the_weight_does(monkeypatch: pytest.MonkeyPatch, use, shape, blocks) -> None:
-    monkeypatch.setattr(lazy, "_BLOCK", 7 if blocks else 1 << 20)
+    monkeypatch.setattr(lazy, "_LARGEST_BLOCK", 7 if blocks else 1 << 20)
     weight = torch.randn(shape)
     torch.testing.assert_close(use(lazy.lazy_cast(weight, torch.float64)), use(weight.double()), rtol=1e-13, atol=1e-13)
 

@@ -149,7 +149,7 @@ class RowWise(Deferred):
         """Rows that are made a few at a time and put into a tensor that `empty` makes; None without elements."""
         out: torch.Tensor | None = None
         start, stop = block.start, min(block.stop, self.shape[0])
-        for part in row_blocks((stop - start, *self.shape[1:]), _BLOCK):
+        for part in row_blocks((stop - start, *self.shape[1:])):
             rows = self.rows(slice(start + part.start, min(start + part.stop, stop)), memo).to(torch.float64)
             out = empty(rows) if out is None else out
             out[part] = rows
@@ -166,5 +166,4 @@ def scaled_rows(weight: Deferred, scale: Deferred, shape: tuple[int, ...]) -> De
     return RowWise(lambda w, s: w * s.to(torch.float64).reshape(-1, *(1,) * (w.ndim - 1)), shape, (weight, scale))
 
 
-_BLOCK = 1 << 16  # elements; a float64 block of this size stays in the second-level cache
 _DEEPEST = 64  # Python's stack is finite
