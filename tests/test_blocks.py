@@ -48,7 +48,7 @@ def by_name(case: BlockCase) -> str:
     return case.name
 
 
-@pytest.mark.parametrize("case", sampled(BLOCKS, 2), ids=by_name)
+@pytest.mark.parametrize("case", sampled(BLOCKS, 4), ids=by_name)
 def test_block_is_a_fair_test(case: BlockCase) -> None:
     """The original reacts to its input almost everywhere, and is not all zero behind its ReLU."""
     model = case.make()
@@ -80,7 +80,7 @@ def test_block_is_collapsed(case: BlockCase) -> None:
     assert idle_layers(result.module) == []
 
 
-@pytest.mark.parametrize("case", sampled(BLOCKS, 2), ids=by_name)
+@pytest.mark.parametrize("case", sampled(BLOCKS, 4), ids=by_name)
 def test_block_never_grows(case: BlockCase) -> None:
     """No more layers than before, and not more weights than one enclosing kernel explains."""
     original, result = fused(case.name)
@@ -91,7 +91,7 @@ def test_block_never_grows(case: BlockCase) -> None:
     assert sum(after.values()) <= sum(before.values())
 
 
-@pytest.mark.parametrize("case", sampled(BLOCKS, 4), ids=by_name)
+@pytest.mark.parametrize("case", sampled(BLOCKS, 8), ids=by_name)
 def test_block_fused_twice_is_the_same(case: BlockCase) -> None:
     original, result = fused(case.name)
     again = reparam.fuse(result.module, case.inputs(), verify=False)
@@ -99,7 +99,7 @@ def test_block_fused_twice_is_the_same(case: BlockCase) -> None:
     assert relative_error(run(original, case.inputs()), run(again.module, case.inputs())) < EXACT
 
 
-@pytest.mark.parametrize("case", sampled(BLOCKS, 4), ids=by_name)
+@pytest.mark.parametrize("case", sampled(BLOCKS, 8), ids=by_name)
 def test_block_is_verified_in_float32_and_the_callers_model_left_alone(case: BlockCase) -> None:
     model = case.make(torch.float32).train()
     before = snapshot(model)

@@ -33,7 +33,7 @@ CONVS_LEFT = {
 }
 """Convolutions left; None means as many as before."""
 SIZE = 64
-DEAR = {"mobileone_s0", "mobileone_s1"}
+DEAR = {"mobileone_s0", "mobileone_s1", "resnet50"}
 MODELS = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in DEAR else ()) for name in CONVS_LEFT]
 )

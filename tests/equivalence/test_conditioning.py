@@ -101,6 +101,7 @@ def test_a_chaotic_original_s_noise_is_no_single_sample() -> None:
     assert looked_at.keys() < alone.keys()
 
 
+@pytest.mark.slow
 def test_noise_of_half_precision_that_cannot_grow_hides_no_ill_conditioning() -> None:
     """It is as large as the answers; what the original amplifies is seen in float32, and the algebra is excused."""
     alone = without_the_look(failing, Trembling, 0.3, torch.bfloat16)
@@ -229,7 +230,7 @@ class Counting(Plain):
         return super().forward(x) * self.calls
 
 
-@pytest.mark.parametrize("kind", sampled([Shifted, Masked, Counting], 3))
+@pytest.mark.parametrize("kind", sampled([Masked, Shifted, Counting], 3))
 def test_what_jumps_or_remembers_excuses_nothing(kind: type[Plain]) -> None:
     """Faults of a few times what is allowed, on every level of input."""
     for seed in range(4):
@@ -302,7 +303,7 @@ class Halving(Plain):
         return super().forward(x.half().to(x.dtype))
 
 
-@pytest.mark.parametrize("kind", [Decaying, Halving])
+@pytest.mark.parametrize("kind", sampled([Decaying, Halving], 2))
 def test_both_kinds_of_roundings_must_be_amplified(kind: type[Plain]) -> None:
     for seed in range(4):
         original = of(kind, seed)

@@ -555,13 +555,13 @@ class _Averages(nn.Module):
         )
 
 
-@pytest.mark.parametrize("size", [1, (1, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("size", sampled([1, [1, 1], [1, 2]], 3), ids=str)
 def test_an_average_is_one_mean(size: Any, tmp_path: Path) -> None:
     """As a pooling to size 1 it also sets strides, which the exporter writes as a Gather at computed indices."""
     model = _Averages(size).eval()
     file = export_onnx(model, image(2), tmp_path / "averages.onnx")
     types = Counter(node.op_type for node in onnx.load(file.path).graph.node)
-    if size != (1, 2):
+    if size != [1, 2]:
         assert not {"Gather", "Range", "AveragePool"} & types.keys()
         assert types["ReduceMean"] == 3  # two of the four are one
     session, x = OnnxSession(file.path), image(3)

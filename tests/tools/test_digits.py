@@ -89,6 +89,7 @@ def test_check_passes_on_the_fused_network(files: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.count("450 of 450") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sabotage"), [("digits.fused.pt2", break_archive), ("digits.fused.onnx", break_onnx)])
 def test_check_fails_when_one_file_answers_differently(
     name: str,

@@ -40,6 +40,7 @@ def test_outcome(float64_error: float | None, said: dict[str, Any], outcome: str
     assert outcome in row.line
 
 
+@pytest.mark.slow
 def test_a_real_model_agrees_in_every_dtype() -> None:
     row = false_alarms.measured("test_resnet", false_alarms.DTYPES)
     assert row.error == ""

@@ -131,7 +131,7 @@ DOZEN = (
 """Twelve of the table's models, the same ones in every run."""
 
 
-@pytest.mark.parametrize("name", sampled(DOZEN, 3))
+@pytest.mark.parametrize("name", sampled(DOZEN, 6))
 @pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["torch", "onnx"])
 def test_a_dozen_of_the_table_pass(name: str, onnx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not onnx:

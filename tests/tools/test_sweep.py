@@ -48,6 +48,7 @@ def options(models: str = "", again: str | None = None) -> argparse.Namespace:
     return argparse.Namespace(models=models, again=again)
 
 
+@pytest.mark.slow
 def test_a_lost_process_costs_one_row_only() -> None:
     names = ["a", "raises", "b", "exits", "c", "is killed", "d", "hangs", "e"]
     start = time.monotonic()
