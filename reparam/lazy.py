@@ -173,7 +173,8 @@ def pairs_of_blocks(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Te
     if not a.dim():
         return iter(((_value(a), _value(b)),))
     first, second = _reader(a), _reader(b)
-    return ((first(block), second(block)) for block in row_blocks(tuple(a.shape)))
+    elements = _BLOCK if a.device.type == "cpu" else _LARGEST_BLOCK
+    return ((first(block), second(block)) for block in row_blocks(tuple(a.shape), elements))
 
 
 def lean_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module | None:
@@ -307,7 +308,8 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
     """`x @ weight.t() + bias` for a large weight, rows by rows: a few where `x` is small, since each reads it anew."""
     if isinstance(x, Lazy):
         return None
-    elements = min(max(2 * _BLOCK, 4 * x.numel()), _LARGEST_BLOCK)
+    on_cpu = x.device.type == "cpu"  # elsewhere there is no cache to stay in, and every block is a launch
+    elements = min(max(2 * _BLOCK, 4 * x.numel()), _LARGEST_BLOCK) if on_cpu else _LARGEST_BLOCK
     if not _is_large(weight, elements) or weight.flipped:
         return None
     out = _gathered((x @ block.t() for block in _blocks(weight, elements)), -1, weight.shape[0])

@@ -117,15 +117,8 @@ def fuse(
     """
     _require_values(model)
     level = _level(verify)
-    if capture not in WAYS:
-        raise InputError(f"capture={capture!r} is not known; use {', '.join(WAYS)}")
+    _require_options(capture, explain, fixed_sizes, passes)
     prices = cost_model(objective, _machine_of(model) if machine is None else machine)
-    if explain and passes is not None:
-        raise InputError("explain goes with the usual passes; of your own, give the Collapse a function to call")
-    if fixed_sizes and passes is not None:
-        raise InputError("fixed_sizes goes with the usual passes; of your own, give the Rounds its maps")
-    if not isinstance(fixed_sizes, bool):
-        raise InputError(f"fixed_sizes={fixed_sizes!r} is neither True nor False")
     stages = Stages(progress)
     inputs = Inputs.of(example_inputs)
     if data is not None and level == "off":
@@ -163,6 +156,37 @@ def fuse(
         notes=(*_notes_of(said), *prepared, *made.notes, *_checks_of(attempt.ledger)),
         graph=joined([("", made.graph, len(said))]),
     )
+    _require_equivalent(report, strict)
+    return FuseResult(made.module, report, reference)
+
+
+_CHECKED = ("standard", "thorough")
+"""Levels at which each rewrite is checked where it stands, whether or not something is wrong."""
+
+
+def _require_options(capture: str, explain: bool, fixed_sizes: bool, passes: Sequence[Pass] | None) -> None:
+    """Refuses options that are not known, or that do not go together.
+
+    Raises:
+        InputError: one is.
+    """
+    if capture not in WAYS:
+        raise InputError(f"capture={capture!r} is not known; use {', '.join(WAYS)}")
+    if explain and passes is not None:
+        raise InputError("explain goes with the usual passes; of your own, give the Collapse a function to call")
+    if fixed_sizes and passes is not None:
+        raise InputError("fixed_sizes goes with the usual passes; of your own, give the Rounds its maps")
+    if not isinstance(fixed_sizes, bool):
+        raise InputError(f"fixed_sizes={fixed_sizes!r} is neither True nor False")
+
+
+def _require_equivalent(report: Report, strict: bool) -> None:
+    """Refuses to return a model that does not agree, or, with `strict`, one of which something had to be undone.
+
+    Raises:
+        NotEquivalentError: it is such a model.
+    """
+    comparison, undone = report.comparison, report.undone
     if comparison is not None and not comparison.passed:
         advice = "" if comparison.lacks_evidence else ", please report this with the report attached to this error"
         raise NotEquivalentError(
@@ -176,11 +200,6 @@ def fuse(
             f"({undone[0].failure.rstrip('.')}); without strict they are undone",
             report,
         )
-    return FuseResult(made.module, report, reference)
-
-
-_CHECKED = ("standard", "thorough")
-"""Levels at which each rewrite is checked where it stands, whether or not something is wrong."""
 
 
 @contextmanager

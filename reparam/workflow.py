@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,59 +148,130 @@ def _run(request: Request, progress: Progress | None) -> Report:
         data=batches if request.data is not None else None,
         progress=progress,
     )
+    sizes = tuple(map(str, specs))
     report = replace(
         result.report,
         model=f"{result.report.model} from {request.path}",
-        environment={**result.report.environment, "inputs": ", ".join(map(str, specs)), "seed": str(request.seed)},
+        environment={**result.report.environment, "inputs": ", ".join(sizes), "seed": str(request.seed)},
         notes=(*prepared, *result.report.notes),
     )
-    compared: dict[str, tuple[Comparison, bool | str]] = {}
-    marks = {WEIGHTS_KEY: weights_digest(result.module.state_dict())} if targets else {}
     with staging(targets) as folder:
-        session: OnnxSession | None = None
-        asked = (request.seed, request.verify, batches)
-        notes: list[str] = []
-        if "archive" in targets:
-            path = folder / targets["archive"].name
-            with stages("writing the torch.export archive"), _explained(report):
-                export_archive(result.module, inputs, path, metadata=marks)
-            if request.verify != "off":
-                with stages("verifying the archive"):
-                    comparison = verify_archive(result.reference, path, inputs, *asked)
-                compared["archive"] = (comparison, True)
-                report = replace(report, archive_comparison=comparison)
-        if "onnx" in targets:
-            with stages("writing and checking the ONNX file"), _explained(report), _with_report(report):
-                file = export_onnx(
-                    *(result.module, inputs, folder / targets["onnx"].name),
-                    original=result.reference,
-                    verify=request.verify,
-                    seed=request.seed,
-                    data=batches if request.data is not None else None,
-                    metadata=marks,
-                )
-                session = OnnxSession(file.path, threads=torch.get_num_threads())
-                notes += [f"ONNX: {note}" for note in file.notes]
-            if file.comparison is not None:
-                compared["onnx"] = (file.comparison, session.takes_other_sizes(list(inputs.tensors())))
-            report = replace(report, onnx_comparison=file.comparison)
-        report = replace(report, notes=(*report.notes, *notes), seconds={**stages.seconds, **report.seconds})
-        _require_equivalent(report)
+        paths = {kind: folder / target.name for kind, target in targets.items()}
+        work = _Run(request, stages, model, result, inputs, sizes, batches, paths, report)
+        if "archive" in paths:
+            work.write_archive()
+        if "onnx" in paths:
+            work.write_onnx()
+        work.report = replace(work.report, seconds={**stages.seconds, **work.report.seconds})
+        work.require_equivalent()
         if request.bench:
-            try:
-                with stages("measuring latency"):
-                    timing = _measure(result, session, inputs, request, progress)
-                report = replace(report, timing=timing, interrupted="measuring latency" if timing.partial else "")
-            except KeyboardInterrupt:  # before the first round; what is verified by now is worth keeping
-                report = replace(report, interrupted="measuring latency")
-        if "certificate" in targets:
-            with stages("writing the certificate"):
-                sizes = tuple(map(str, specs))
-                evidence = _evidence(request, report, (model, result.module), (inputs, sizes, batches), compared)
-                paths = {kind: folder / targets[kind].name for kind in compared}
-                write_certificate(folder / targets["certificate"].name, evidence, paths)
+            work.measure(progress)
+        if "certificate" in paths:
+            work.certify()
         files = publish(folder, targets, Path(request.path))
-    return replace(report, files=files, seconds={**report.seconds, **stages.seconds})
+    return replace(work.report, files=files, seconds={**work.report.seconds, **stages.seconds})
+
+
+@dataclass
+class _Run:
+    """What a run was given, and what it has made so far.
+
+    Attributes:
+        sizes: of the inputs, as a user writes them.
+        paths: where files are written before they are published, by kind.
+        compared: by kind of file, how it compares with the original, and the sizes that it takes.
+    """
+
+    request: Request
+    stages: Stages
+    model: nn.Module
+    result: FuseResult
+    inputs: Inputs
+    sizes: tuple[str, ...]
+    batches: tuple[Batch, ...]
+    paths: Mapping[str, Path]
+    report: Report
+    session: OnnxSession | None = None
+    compared: dict[str, tuple[Comparison, bool | str]] = field(default_factory=dict)
+
+    @cached_property
+    def marks(self) -> dict[str, str]:
+        """What every file says of the weights that it was made of."""
+        return {WEIGHTS_KEY: weights_digest(self.result.module.state_dict())}
+
+    def write_archive(self) -> None:
+        """Writes the torch.export archive and compares it."""
+        path, request = self.paths["archive"], self.request
+        with self.stages("writing the torch.export archive"), _explained(self.report):
+            export_archive(self.result.module, self.inputs, path, metadata=self.marks)
+        if request.verify == "off":
+            return
+        with self.stages("verifying the archive"):
+            asked = (request.seed, request.verify, self.batches)
+            comparison = verify_archive(self.result.reference, path, self.inputs, *asked)
+        self.compared["archive"] = (comparison, True)
+        self.report = replace(self.report, archive_comparison=comparison)
+
+    def write_onnx(self) -> None:
+        """Writes the ONNX file, which compares itself, and opens it."""
+        request = self.request
+        stage = self.stages("writing and checking the ONNX file")
+        with stage, _explained(self.report), _with_report(self.report):
+            file = export_onnx(
+                *(self.result.module, self.inputs, self.paths["onnx"]),
+                original=self.result.reference,
+                verify=request.verify,
+                seed=request.seed,
+                data=self.batches if request.data is not None else None,
+                metadata=self.marks,
+            )
+            self.session = OnnxSession(file.path, threads=torch.get_num_threads())
+        if file.comparison is not None:
+            self.compared["onnx"] = (file.comparison, self.session.takes_other_sizes(list(self.inputs.tensors())))
+        notes = (*self.report.notes, *(f"ONNX: {note}" for note in file.notes))
+        self.report = replace(self.report, onnx_comparison=file.comparison, notes=notes)
+
+    def require_equivalent(self) -> None:
+        """Stops a run whose archive does not agree with the original.
+
+        Raises:
+            NotEquivalentError: it does not.
+        """
+        comparison = self.report.archive_comparison
+        if comparison is not None and not comparison.passed:
+            raise NotEquivalentError(
+                f"the torch.export archive does not agree with the original model: {comparison.summary().rstrip('.')}; "
+                "no file was written, pass --no-archive to write the ONNX file alone",
+                self.report,
+            )
+
+    def measure(self, progress: Progress | None) -> None:
+        """Measures latency; an interrupt ends that alone."""
+        try:
+            with self.stages("measuring latency"):
+                timing = _measure(self.result, self.session, self.inputs, self.request, progress)
+            interrupted = "measuring latency" if timing.partial else ""
+            self.report = replace(self.report, timing=timing, interrupted=interrupted)
+        except KeyboardInterrupt:  # before the first round; what is verified by now is worth keeping
+            self.report = replace(self.report, interrupted="measuring latency")
+
+    def certify(self) -> None:
+        """Writes the certificate of the files that were compared."""
+        request, report = self.request, self.report
+        with self.stages("writing the certificate"):
+            evidence = Evidence(
+                report,
+                self.model,
+                self.result.module,
+                Path(request.path).expanduser(),
+                _options(request),
+                self.inputs,
+                self.sizes,
+                self.batches,
+                self.compared,
+            )
+            paths = {kind: self.paths[kind] for kind in self.compared}
+            write_certificate(self.paths["certificate"], evidence, paths)
 
 
 @contextmanager
@@ -216,18 +288,6 @@ def _explained(report: Report) -> Iterator[None]:
         ) from error
 
 
-def _evidence(
-    request: Request,
-    report: Report,
-    models: tuple[nn.Module, nn.Module],
-    given: tuple[Inputs, tuple[str, ...], tuple[Batch, ...]],
-    compared: Mapping[str, tuple[Comparison, bool | str]],
-) -> Evidence:
-    inputs, sizes, data = given
-    file = Path(request.path).expanduser()
-    return Evidence(report, *models, file, _options(request), inputs, sizes, data, compared)
-
-
 def _options(request: Request) -> dict[str, Any]:
     """What decides the result, in plain JSON types."""
     left_out = {"path", "out", "onnx", "archive", "certificate", "bench", "bench_seconds", "report"}
@@ -238,16 +298,6 @@ def _options(request: Request) -> dict[str, Any]:
         for name, form in request.inference_form.items()
     }
     return plain
-
-
-def _require_equivalent(report: Report) -> None:
-    comparison = report.archive_comparison
-    if comparison is not None and not comparison.passed:
-        raise NotEquivalentError(
-            f"the torch.export archive does not agree with the original model: {comparison.summary().rstrip('.')}; "
-            "no file was written, pass --no-archive to write the ONNX file alone",
-            report,
-        )
 
 
 @contextmanager

@@ -34,7 +34,8 @@ from reparam.capture.facts import check_facts, facts_asked
 from reparam.capture.literals import note_exact
 from reparam.capture.proxies import UnfitError, WrittenConstantError
 from reparam.capture.state import Memory, version
-from reparam.capture.tracer import ExecutionError, ValueTracer, storage_of
+from reparam.capture.storage import storage_of
+from reparam.capture.tracer import ExecutionError, ValueTracer
 from reparam.chance import Generators
 from reparam.checks import Guards, require_value
 from reparam.errors import CaptureError, InputError, UnfitModelError

@@ -19,20 +19,31 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, FunctionType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
 from reparam.capture.arguments import check_arguments
 from reparam.capture.calls import always_draws, functions_of_numbers, is_factory, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
 from reparam.capture.exported import Origins
+from reparam.capture.operations import (
+    PERHAPS_VIEW,
+    SAME_VIEW,
+    SAME_VIEW_MODULES,
+    WRITES_UNCOUNTED,
+    check_containers,
+    facts_asked_of,
+    is_of_numbers,
+    names_a_write,
+    reads_sizes,
+    renormalises,
+    require_not_drawn,
+    squeezes,
+)
 from reparam.capture.proxies import (
-    READS,
     UnfitError,
     ValueProxy,
     WrittenConstantError,
@@ -43,6 +54,7 @@ from reparam.capture.proxies import (
 from reparam.capture.reading import ReadingTracer
 from reparam.capture.shapes import stand_in
 from reparam.capture.state import Memory, version
+from reparam.capture.storage import View, fingerprint_of, storage_of, tensors_in, view_of
 from reparam.chance import Generators
 from reparam.checks import (
     Guards,
@@ -54,34 +66,6 @@ from reparam.checks import (
     require_value,
 )
 
-View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]]"
-
-_KINDS_OF_FACTS = {
-    **dict.fromkeys(("dtype", "is_floating_point", "is_complex", "itemsize", "element_size"), "dtypes"),
-    **dict.fromkeys(("device", "is_cuda", "is_cpu", "is_meta"), "devices"),
-    **dict.fromkeys(("layout", "is_sparse", "is_quantized"), "layouts"),
-    "requires_grad": "gradients",
-    **dict.fromkeys(("shape", "size", "numel", "nelement"), "sizes"),
-}
-_SIZE_READS = ("size", "numel", "nelement", "dim", "ndimension", "is_floating_point", "is_complex")
-# The same view as what they are given, whatever its size, strides or dtype.
-_SAME_VIEW = (
-    "dropout",
-    "alpha_dropout",
-    "feature_dropout",
-    "feature_alpha_dropout",
-    "detach",
-    "data",
-    "requires_grad_",
-)
-_SAME_VIEW_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
-# Functions that write statistics without counting it as a new version of the tensor.
-_WRITES_UNCOUNTED = ("batch_norm", "instance_norm", "native_batch_norm")
-# Methods that change a list, dict or set.
-_CHANGES = set("append extend insert remove pop clear sort reverse update setdefault popitem add discard".split())
-# A view on some inputs and a copy on others.
-_PERHAPS_VIEW = ("reshape", "reshape_as", "flatten", "ravel", "contiguous")
-
 
 class ExecutionError(Exception):
     """The model failed on the example inputs while it was traced; `where` is the module that failed."""
@@ -90,6 +74,32 @@ class ExecutionError(Exception):
         super().__init__(str(error))
         self.where = where
         self.error = error
+
+
+class _Given:
+    """What an operation is given.
+
+    Attributes:
+        args, kwargs: with values in place of proxies.
+        values: of the nodes among them.
+        constant: whether none of the proxies depends on an input.
+        of_sizes: whether none of them depends on more of an input than its sizes.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.values: dict[fx.Node, Any] = {}
+        self.constant = self.of_sizes = True
+        self.args: Any = fx.node.map_aggregate(args, self._value_of)
+        self.kwargs: Any = fx.node.map_aggregate(kwargs, self._value_of)
+
+    def _value_of(self, argument: Any) -> Any:
+        if not isinstance(argument, fx.Proxy):
+            return argument
+        traced: Any = argument
+        self.values[argument.node] = traced.reparam_value
+        self.constant = self.constant and traced.reparam_constant
+        self.of_sizes = self.of_sizes and (traced.reparam_constant or traced.reparam_of_sizes)
+        return traced.reparam_value
 
 
 class ValueTracer(fx.Tracer):
@@ -201,55 +211,49 @@ class ValueTracer(fx.Tracer):
         node: fx.Node = proxy.node
         found = self._origins.find(sys._getframe(1))
         node.meta["module_path"], node.meta["source"] = found or (self.scope.module_path, user_line())
-        used: dict[fx.Node, Any] = {}
-        constant: list[bool] = [True]
-        of_sizes: list[bool] = [kind in ("call_function", "call_method")]
-
-        def value_of(argument: Any) -> Any:
-            if isinstance(argument, fx.Proxy):
-                traced: Any = argument
-                used[argument.node] = traced.reparam_value
-                constant[0] = constant[0] and traced.reparam_constant
-                of_sizes[0] = of_sizes[0] and (traced.reparam_constant or traced.reparam_of_sizes)
-                return traced.reparam_value
-            return argument
-
-        plain_args = fx.node.map_aggregate(args, value_of)
-        plain_kwargs = fx.node.map_aggregate(kwargs, value_of)
+        given = _Given(args, kwargs)
+        used = given.values
         for other in node.all_input_nodes:
             if other not in used:  # a tensor that is no proxy: an attribute, or made in the forward
                 used[other] = _attribute(self.root, str(other.target))
                 self._note_stored(other, used[other])
-        before = {_view(t): other for other, value in used.items() for t in _tensors(value)}
-        self._check_parameters(target, plain_args, plain_kwargs)
-        _check_containers(kind, target, plain_args)
-        seen = _fingerprint if getattr(target, "__name__", "") in _WRITES_UNCOUNTED else version
-        versions = [(other, t, seen(t)) for other, value in used.items() for t in _tensors(value)]
-        value = self._execute(kind, target, plain_args, plain_kwargs)
+        before = {view_of(t): other for other, value in used.items() for t in tensors_in(value)}
+        self._check_parameters(target, given.args, given.kwargs)
+        check_containers(kind, target, given.args)
+        seen = fingerprint_of if getattr(target, "__name__", "") in WRITES_UNCOUNTED else version
+        versions = [(other, t, seen(t)) for other, value in used.items() for t in tensors_in(value)]
+        value = self._execute(kind, target, given.args, given.kwargs)
         written = [(other, t) for other, t, before_it in versions if seen(t) != before_it]
-        given = next((other for other, input_value in used.items() if input_value is value), None)
-        if given is not None and not written and self._returns(kind, target, args, kwargs, given):
+        returned = next((other for other, input_value in used.items() if input_value is value), None)
+        if returned is not None and not written and self._returns(kind, target, args, kwargs, returned):
             self.graph.erase_node(node)
-            same: fx.Proxy = next(arg for arg in _proxies((args, kwargs)) if arg.node is given)
+            same: fx.Proxy = next(arg for arg in _proxies((args, kwargs)) if arg.node is returned)
             return same
         self._note_writes(node, written)
+        self._note_value(proxy, value, given)
+        self._note_aliases(node, value, before)
+        return proxy  # type: ignore[no-any-return]
+
+    def _note_value(self, proxy: Any, value: Any, given: _Given) -> None:
+        """Notes what a node has computed, and what that depends on."""
+        node: fx.Node = proxy.node
+        kind, target = node.op, node.target
         if self._drew or always_draws(target):
             node.meta["draws"] = True
         proxy.reparam_value = value
-        if kind == "call_function" and not used and is_factory(target):
+        if kind == "call_function" and not given.values and is_factory(target):
             self._made[node] = value
-        proxy.reparam_constant = constant[0] and (kind == "get_attr" or bool(used) or node in self._made)
-        if _reads_sizes(kind, target, plain_args):
+        proxy.reparam_constant = given.constant and (kind == "get_attr" or bool(given.values) or node in self._made)
+        if reads_sizes(kind, target, given.args):
             self._size_reads.add(node)
-        proxy.reparam_of_sizes = (of_sizes[0] or node in self._size_reads) and _is_of_numbers(value)
-        if kind == "call_module" and type(self.root.get_submodule(target)) is Guards:
+        of_sizes = kind in ("call_function", "call_method") and given.of_sizes
+        proxy.reparam_of_sizes = (of_sizes or node in self._size_reads) and is_of_numbers(value)
+        if kind == "call_module" and type(self.root.get_submodule(str(target))) is Guards:
             node.meta["pinned"] = "it checks the inputs"
         if isinstance(value, torch.Tensor):
             node.meta["tensor"] = TensorInfo(tuple(value.shape), value.dtype, value.device)
         elif type(value) is int:
             node.meta["number"] = value
-        self._note_aliases(node, value, before)
-        return proxy  # type: ignore[no-any-return]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if parametrize.is_parametrized(m) and not isinstance(m, nn.RNNBase):
@@ -283,7 +287,7 @@ class ValueTracer(fx.Tracer):
             self._rank_checked.add(node)
             pending += node.all_input_nodes
             tensor = node.meta.get("tensor")
-            if tensor is not None and (is_from_argument(node) or _squeezes(node)):
+            if tensor is not None and (is_from_argument(node) or squeezes(node)):
                 self.create_node("call_function", require_rank, (node, len(tensor.shape)), {})
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -307,7 +311,7 @@ class ValueTracer(fx.Tracer):
         return self._executing
 
     def to_bool(self, obj: Any) -> bool:
-        _require_not_drawn(obj)
+        require_not_drawn(obj)
         if obj.reparam_constant:
             return bool(self.value_read(obj))
         if not obj.reparam_of_sizes:
@@ -322,7 +326,7 @@ class ValueTracer(fx.Tracer):
         Raises:
             TraceError: it depends on an activation.
         """
-        _require_not_drawn(obj)
+        require_not_drawn(obj)
         if not (obj.reparam_constant or obj.reparam_of_sizes):
             raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
         value = self.value_read(obj)
@@ -378,7 +382,7 @@ class ValueTracer(fx.Tracer):
         if obj.node in self._checked:
             return
         self._checked.add(obj.node)
-        what = _asked_of(obj.node)
+        what = facts_asked_of(obj.node)
         check = self.create_proxy("call_function", require, (obj, expected, line, what), {})
         check.node.meta["decides"] = what if decides else None
 
@@ -510,13 +514,13 @@ class ValueTracer(fx.Tracer):
         Raises:
             UnfitError: the operation does that.
         """
-        if _renormalises(target, args, kwargs):
+        if renormalises(target, args, kwargs):
             written, instead = (
-                _tensors((args[1:2], kwargs.get("weight"))),
+                tensors_in((args[1:2], kwargs.get("weight"))),
                 "renormalise it once and set max_norm to None",
             )
-        elif _names_a_write(target, kwargs):
-            written = _tensors((args[:1], kwargs.get("input"), kwargs.get("out")))
+        elif names_a_write(target, kwargs):
+            written = tensors_in((args[:1], kwargs.get("input"), kwargs.get("out")))
             instead = "do that once before, and leave it out of the forward"
         else:
             return
@@ -544,24 +548,24 @@ class ValueTracer(fx.Tracer):
 
     def _note_stored(self, node: fx.Node, value: Any) -> None:
         """Two reads of tensors of the model that share a storage are aliases, though neither is made from the other."""
-        for tensor in _tensors(value):
+        for tensor in tensors_in(value):
             first = self._stored.setdefault(storage_of(tensor), node)
             if first is not node:
                 node.meta["aliases"] = (first,)
 
     def _note_aliases(self, node: fx.Node, value: Any, before: dict[View, fx.Node]) -> None:
         """Storage is compared with that of the inputs only: elsewhere an equal address may be a re-used one."""
-        views = [_view(t) for t in _tensors(value)]
+        views = [view_of(t) for t in tensors_in(value)]
         storages = {view[0] for view in views}
         if node.op == "get_attr":
             self._note_stored(node, value)
             return
         aliases = [other for view, other in before.items() if view[0] in storages]
-        if not aliases and self._is(node, _PERHAPS_VIEW, (nn.Flatten,)):
+        if not aliases and self._is(node, PERHAPS_VIEW, (nn.Flatten,)):
             aliases = node.all_input_nodes[:1]
         if aliases:
             node.meta["aliases"] = tuple(dict.fromkeys(aliases))
-        if aliases and ("writes" in node.meta or self._is(node, _SAME_VIEW, _SAME_VIEW_MODULES)):
+        if aliases and ("writes" in node.meta or self._is(node, SAME_VIEW, SAME_VIEW_MODULES)):
             node.meta["same_view_as"] = tuple(other for view, other in before.items() if view in views)
 
     def _is(self, node: fx.Node, names: tuple[str, ...], modules: tuple[type, ...]) -> bool:
@@ -591,43 +595,6 @@ def _random_states() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 
-def _require_not_drawn(proxy: Any) -> None:
-    """Stops the trace where Python asks for the value of a random number.
-
-    Raises:
-        UnfitError: it does.
-    """
-    pending, seen = [proxy.node], set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.meta.get("draws"):
-            raise UnfitError("the forward decides by a random number")
-        pending += node.all_input_nodes
-
-
-def _asked_of(node: fx.Node) -> str:
-    """Which facts of tensors a number is made of: "sizes", "dtypes", or both and more."""
-    pending, seen, kinds = [node], set(), set()
-    while pending:
-        node = pending.pop()
-        seen.add(node)
-        read = node.args[1] if node.target is getattr else node.target
-        name = read if isinstance(read, str) else getattr(read, "__name__", "")
-        if node.op in ("call_function", "call_method") and name in _KINDS_OF_FACTS:
-            kinds.add(_KINDS_OF_FACTS[name])
-        elif "tensor" not in node.meta:
-            pending += [other for other in node.all_input_nodes if other not in seen]
-    return " and ".join(sorted(kinds, reverse=True)) or "sizes"
-
-
-def _squeezes(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in ("squeeze", "squeeze_")
-
-
 def _attribute(root: nn.Module, target: str) -> Any:
     value: Any = root
     for name in target.split("."):
@@ -637,78 +604,3 @@ def _attribute(root: nn.Module, target: str) -> Any:
 
 def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-
-
-def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
-    if tensor.is_meta:
-        return 0.0, 0.0
-    values = tensor.detach().double()
-    return float(values.sum()), float(values.square().sum())
-
-
-def _names_a_write(target: Any, kwargs: Mapping[str, Any]) -> bool:
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return (
-        (name.endswith("_") and not name.endswith("__"))
-        or name in ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow")
-        or kwargs.get("inplace") is True
-        or kwargs.get("out") is not None
-    )
-
-
-def _renormalises(target: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether it is the function of an embedding that scales the rows of its weight which are too long."""
-    names = ("embedding", "embedding_bag")
-    limit = kwargs.get("max_norm", args[3] if len(args) > 3 else None)
-    return getattr(target, "__name__", "") in names and limit is not None
-
-
-def _check_containers(kind: str, target: Any, args: Any) -> None:
-    """Stops the trace where the forward changes an argument that is a list, dict or set.
-
-    Raises:
-        TraceError: it does.
-    """
-    if not args or not isinstance(args[0], (list, dict, set)):
-        return
-    if (kind == "call_method" and target in _CHANGES) or target in (operator.setitem, operator.delitem):
-        name = target if isinstance(target, str) else target.__name__
-        raise fx.proxy.TraceError(f"the forward changes a {type(args[0]).__name__} that it was given ({name})")
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """The address of the storage; something else of its own for a tensor that has none."""
-    return _view(tensor)[0]
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, (int, float, str, bool, type(None), torch.Size)):
-        return []
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
-
-
-def _view(tensor: torch.Tensor) -> View:
-    if is_lazy(tensor) or tensor.layout is not torch.strided:
-        return (id(tensor), 0, (), ())
-    storage = tensor.untyped_storage()
-    # On the meta device there is no memory, and every address is 0.
-    address = int(storage._cdata) if tensor.is_meta else storage.data_ptr()
-    return (address, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
-
-
-def _reads_sizes(kind: str, target: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a node reads what a tensor is, and nothing of its values."""
-    if not args or not isinstance(args[0], torch.Tensor):
-        return False
-    if target is getattr:
-        return args[1] in READS
-    return (target if kind == "call_method" else getattr(target, "__name__", "")) in _SIZE_READS
-
-
-def _is_of_numbers(value: Any) -> bool:
-    """Whether it is a plain value, or a list of such."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_of_numbers, value))
-    return type(value) in (int, float, bool, str, torch.dtype, torch.device, torch.layout)
