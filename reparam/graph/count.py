@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -45,31 +45,46 @@ def count_operations(graph: fx.Graph, root: nn.Module) -> dict[str, int]:
             continue  # what the capture put there is no operation of the model
         nodes += 1
         row = TABLE.row(node, root)
-        name = _COUNTED.get(row.name) if row is not None else None
-        if name is not None and info(node) is not None:
-            counts[name] += 1
-            macs += _macs(node, root, row.name) if row is not None else 0
+        name = None if row is None else _name(node, row.name, constants)
+        if row is not None and name in _COUNTED and info(node) is not None:
+            counts[_COUNTED[name]] += 1
+            macs += _macs(node, root, name, row.name)
         if isinstance(module, _DROPOUTS) or (node.op == "call_function" and "dropout" in _function_name(node)):
             counts["dropouts"] += 1
     return {**counts, "nodes": nodes, "parameters": sum(weights.values()), "macs": macs}
+
+
+def _name(node: fx.Node, row: str, constants: Constants) -> str:
+    """What an operation counts as: a product with a matrix of weights is a linear layer, one of activations none."""
+    second = _second(node)
+    tensor = info(second) if isinstance(second, fx.Node) and second in constants else None
+    return "linear layer" if row == "matrix product" and tensor is not None and len(tensor.shape) == 2 else row
+
+
+def _second(node: fx.Node) -> Any:
+    """The weights of an operation that is no module."""
+    named = (node.kwargs.get(name) for name in ("weight", "other", "mat2"))
+    return node.args[1] if len(node.args) > 1 else next((value for value in named if value is not None), None)
 
 
 def _function_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", ""))
 
 
-def _macs(node: fx.Node, root: nn.Module, name: str) -> int:
+def _macs(node: fx.Node, root: nn.Module, name: str, row: str) -> int:
     out = info(node)
     if name not in ("convolution", "transposed convolution", "linear layer") or out is None:
         return 0
     module = module_of(node, root)
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    weight = _second(node)
     if module is not None:
         shape = tuple(cast(torch.Tensor, module.weight).shape)
     elif isinstance(weight, fx.Node) and (tensor := info(weight)) is not None:
         shape = tensor.shape
     else:
         return 0
+    if row == "matrix product":
+        return out.numel * shape[0]
     if name != "transposed convolution":
         return out.numel * prod(shape[1:])
     source = info(node.all_input_nodes[0])
