@@ -45,7 +45,7 @@ def count_operations(graph: fx.Graph, root: nn.Module) -> dict[str, int]:
             continue  # what the capture put there is no operation of the model
         nodes += 1
         row = TABLE.row(node, root)
-        name = None if row is None else _name(node, row.name, constants)
+        name = None if row is None else _name(node, root, row.name, constants)
         if row is not None and name in _COUNTED and info(node) is not None:
             counts[_COUNTED[name]] += 1
             macs += _macs(node, root, name, row.name)
@@ -54,17 +54,27 @@ def count_operations(graph: fx.Graph, root: nn.Module) -> dict[str, int]:
     return {**counts, "nodes": nodes, "parameters": sum(weights.values()), "macs": macs}
 
 
-def _name(node: fx.Node, row: str, constants: Constants) -> str:
+def _name(node: fx.Node, root: nn.Module, row: str, constants: Constants) -> str:
     """What an operation counts as: a product with a matrix of weights is a linear layer, one of activations none."""
-    second = _second(node)
-    tensor = info(second) if isinstance(second, fx.Node) and second in constants else None
-    return "linear layer" if row == "matrix product" and tensor is not None and len(tensor.shape) == 2 else row
+    if row != "matrix product" or _second(node) not in constants:
+        return row
+    return "linear layer" if len(_shape(_second(node), root)) == 2 else row
 
 
 def _second(node: fx.Node) -> Any:
     """The weights of an operation that is no module."""
     named = (node.kwargs.get(name) for name in ("weight", "other", "mat2"))
     return node.args[1] if len(node.args) > 1 else next((value for value in named if value is not None), None)
+
+
+def _shape(weight: Any, root: nn.Module) -> tuple[int, ...]:
+    """The shape of weights that are read or computed in the graph; () if it is not known."""
+    if not isinstance(weight, fx.Node):
+        return ()
+    if (tensor := info(weight)) is not None:
+        return tensor.shape
+    held = attribute(root, str(weight.target)) if weight.op == "get_attr" else None  # a constant that export lifted
+    return tuple(held.shape) if isinstance(held, torch.Tensor) else ()
 
 
 def _function_name(node: fx.Node) -> str:
@@ -76,12 +86,8 @@ def _macs(node: fx.Node, root: nn.Module, name: str, row: str) -> int:
     if name not in ("convolution", "transposed convolution", "linear layer") or out is None:
         return 0
     module = module_of(node, root)
-    weight = _second(node)
-    if module is not None:
-        shape = tuple(cast(torch.Tensor, module.weight).shape)
-    elif isinstance(weight, fx.Node) and (tensor := info(weight)) is not None:
-        shape = tensor.shape
-    else:
+    shape = _shape(_second(node), root) if module is None else tuple(cast(torch.Tensor, module.weight).shape)
+    if not shape:
         return 0
     if row == "matrix product":
         return out.numel * shape[0]

@@ -127,6 +127,15 @@ def test_a_product_counts_as_the_layer_it_is() -> None:
     assert report.after.macs == 10 * 6 * 8
 
 
+@pytest.mark.parametrize("capture", ["symbolic", "export"])
+def test_it_counts_also_where_the_matrix_is_computed(capture: str) -> None:
+    original = model(lambda m, x: m.n(x @ m.w.to(x.dtype)).relu(), n=nn.BatchNorm1d(6))
+    original.register_buffer("w", torch.arange(36).reshape(6, 6) % 5)
+    report = reparam.fuse(original, torch.randn(ROWS, dtype=torch.float64), capture=capture).report
+    assert (report.before.linears, report.after.linears) == (1, 1)
+    assert report.before.macs == report.after.macs == 5 * 6 * 6
+
+
 def test_a_matrix_that_the_forward_writes_to_is_no_weight() -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         m.w.mul_(0.5)
