@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -45,31 +45,52 @@ def count_operations(graph: fx.Graph, root: nn.Module) -> dict[str, int]:
             continue  # what the capture put there is no operation of the model
         nodes += 1
         row = TABLE.row(node, root)
-        name = _COUNTED.get(row.name) if row is not None else None
-        if name is not None and info(node) is not None:
-            counts[name] += 1
-            macs += _macs(node, root, row.name) if row is not None else 0
+        name = None if row is None else _name(node, root, row.name, constants)
+        if row is not None and name in _COUNTED and info(node) is not None:
+            counts[_COUNTED[name]] += 1
+            macs += _macs(node, root, name, row.name)
         if isinstance(module, _DROPOUTS) or (node.op == "call_function" and "dropout" in _function_name(node)):
             counts["dropouts"] += 1
     return {**counts, "nodes": nodes, "parameters": sum(weights.values()), "macs": macs}
+
+
+def _name(node: fx.Node, root: nn.Module, row: str, constants: Constants) -> str:
+    """What an operation counts as: a product with a matrix of weights is a linear layer, one of activations none."""
+    if row != "matrix product" or _second(node) not in constants:
+        return row
+    return "linear layer" if len(_shape(_second(node), root)) == 2 else row
+
+
+def _second(node: fx.Node) -> Any:
+    """The weights of an operation that is no module."""
+    named = (node.kwargs.get(name) for name in ("weight", "other", "mat2"))
+    return node.args[1] if len(node.args) > 1 else next((value for value in named if value is not None), None)
+
+
+def _shape(weight: Any, root: nn.Module) -> tuple[int, ...]:
+    """The shape of weights that are read or computed in the graph; () if it is not known."""
+    if not isinstance(weight, fx.Node):
+        return ()
+    if (tensor := info(weight)) is not None:
+        return tensor.shape
+    held = attribute(root, str(weight.target)) if weight.op == "get_attr" else None  # a constant that export lifted
+    return tuple(held.shape) if isinstance(held, torch.Tensor) else ()
 
 
 def _function_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", ""))
 
 
-def _macs(node: fx.Node, root: nn.Module, name: str) -> int:
+def _macs(node: fx.Node, root: nn.Module, name: str, row: str) -> int:
     out = info(node)
     if name not in ("convolution", "transposed convolution", "linear layer") or out is None:
         return 0
     module = module_of(node, root)
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    if module is not None:
-        shape = tuple(cast(torch.Tensor, module.weight).shape)
-    elif isinstance(weight, fx.Node) and (tensor := info(weight)) is not None:
-        shape = tensor.shape
-    else:
+    shape = _shape(_second(node), root) if module is None else tuple(cast(torch.Tensor, module.weight).shape)
+    if not shape:
         return 0
+    if row == "matrix product":
+        return out.numel * shape[0]
     if name != "transposed convolution":
         return out.numel * prod(shape[1:])
     source = info(node.all_input_nodes[0])

@@ -168,6 +168,13 @@ ROWS: tuple[Row, ...] = (
         (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear),
         _reader("weight", "bias"),
     ),
+    *(
+        Row("matrix product", layers.product, ("input", other), calls, raw=True)
+        for other, calls in (
+            ("other", (operator.matmul, torch.matmul, "matmul", "__matmul__")),
+            ("mat2", (torch.mm, "mm")),
+        )
+    ),
     Row(
         "batch normalisation",
         layers.batch_norm,

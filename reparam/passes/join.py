@@ -42,7 +42,7 @@ from reparam.passes.ledger import allowed
 from reparam.passes.machines import ONNXRUNTIME_CPU, Machine
 from reparam.passes.readers import needs_whole
 
-_JOINED = ("convolution", "linear layer")
+_JOINED = ("convolution", "linear layer", "matrix product")
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ def linear(scope: Scope) -> Statement | None:
     out, bias = rng.choice([c, c, 3, 5, 6]), rng.random() < 0.6
     if rng.random() < 0.25:
         weight = scope.layer("w", f"nn.Parameter(torch.randn({out}, {c}) / 2)")
-        return Statement(f"{{t}} = F.linear({{0}}, self.{weight})", (name,), (weight,))
+        product = rng.choice([f"F.linear({{0}}, self.{weight})", f"{{0}} @ self.{weight}.t()"])
+        return Statement(f"{{t}} = {product}", (name,), (weight,))
     return _call(scope, "fc", name, lambda: f"nn.Linear({c}, {out}, bias={bias})")
 
 

@@ -67,6 +67,18 @@ def linear(call: Call) -> Lifted | Inexact:
     return Lifted((x,), lambda channels: (made,), call.ndim - 1)
 
 
+def product(call: Call) -> Lifted | None:
+    """`x @ W` for a constant matrix `W`, of shape `[in, out]`: the linear layer whose weight is its transpose."""
+    x, weight = call.tensor(), call["other"] if call["mat2"] is None else call["mat2"]
+    if x is None or x in call.constants or not isinstance(weight, fx.Node) or weight not in call.constants:
+        return None
+    matrix = call.constants.value(weight)
+    if matrix.ndim != 2 or call.ndim < 2:
+        return None
+    made = algebra.from_linear(matrix.t(), None)
+    return Lifted((x,), lambda channels: (made,), call.ndim - 1)
+
+
 def batch_norm(call: Call) -> Lifted | Inexact:
     x = call.tensor()
     mean, var, gamma, beta = (call[name] for name in ("running_mean", "running_var", "weight", "bias"))
