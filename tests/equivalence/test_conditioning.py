@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from reparam.equivalence import conditioning, verify
+from reparam.equivalence.judge import spread
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import Rules, Runs
 from reparam.equivalence.outputs import flatten
@@ -104,8 +106,8 @@ def test_a_chaotic_original_s_noise_is_no_single_sample() -> None:
 @pytest.mark.slow
 def test_noise_of_half_precision_that_cannot_grow_hides_no_ill_conditioning() -> None:
     """It is as large as the answers; what the original amplifies is seen in float32, and the algebra is excused."""
-    alone = without_the_look(failing, Trembling, 0.3, torch.bfloat16)
-    looked_at = failing(Trembling, 0.3, torch.bfloat16)
+    alone = without_the_look(failing, Trembling, 0.1, torch.bfloat16)
+    looked_at = failing(Trembling, 0.1, torch.bfloat16)
     both = looked_at.keys() & alone.keys()
     ratios = [[found[seed].outputs[0].algebra_ratio for seed in both] for found in (alone, looked_at)]
     assert any(after < before for before, after in zip(*ratios, strict=True))
@@ -392,3 +394,21 @@ def test_moving_keeps_zeros_infinities_ties_and_the_module_itself() -> None:
     assert torch.equal(other.mask, module.mask)
     assert torch.equal(other.index, module.index)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_several_noises_together_are_their_root_mean_square() -> None:
+    values = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[4.0, 0.0], [0.0, 1.0]])]
+    together = conditioning._root_mean_square([spread(value) for value in values])
+    assert together.rms == pytest.approx(math.sqrt((9 / 4 + 17 / 4) / 2))
+    assert together.peak == pytest.approx(math.sqrt((9 + 16) / 2))
+    (rows, peaks), _ = together.slices
+    assert rows.tolist() == pytest.approx([math.sqrt((4.5 + 8) / 2), math.sqrt((0 + 0.5) / 2)])
+    assert peaks.tolist() == pytest.approx([math.sqrt(12.5), math.sqrt(0.5)])
+
+
+@pytest.mark.slow
+def test_deployed_runs_that_are_all_small_by_luck_do_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = failing(Chaotic, 0.2)
+    monkeypatch.setattr(conditioning, "CERTAIN", 0.0)
+    largest_alone = failing(Chaotic, 0.2)
+    assert looked_at.keys() < largest_alone.keys()
