@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import fx, nn
 
+from reparam.graph.formulas.layers import product
 from reparam.graph.lift import Lifted
 from reparam.graph.nodes import attribute, is_floating, module_of
 from reparam.graph.sizes import shape_read, size_read
@@ -218,7 +219,8 @@ class Standing:
     def _is_border(self, node: fx.Node) -> bool:
         """Whether it is an operation on views or parts, in a call that is not affine; a residual stream is none."""
         row = TABLE.row(node, self.root)
-        return row is not None and row.raw and node not in self.region and is_floating(node)
+        is_of_views = row is not None and row.raw and row.lift is not product
+        return is_of_views and node not in self.region and is_floating(node)
 
     def joins(self, node: fx.Node) -> bool:
         """Whether a real tensor is computed from several."""

@@ -17,7 +17,8 @@ from reparam.export import OnnxSession, export_onnx
 from reparam.export.half import in_float16
 from reparam.inputs import Inputs
 from tests.export import nets
-from tests.export.test_onnx import image, sabotaged
+from tests.export.test_check import sabotaged
+from tests.export.test_onnx import image
 
 torch.set_num_threads(1)
 
