@@ -49,6 +49,29 @@ def test_a_real_model_agrees_in_every_dtype() -> None:
     assert all(0 < row.verdicts[dtype]["noise"] < 0.5 for dtype in false_alarms.DTYPES)
 
 
+def test_an_original_that_amplifies_roundings_in_float64_too_is_exact_as_far_as_it_lets_tell() -> None:
+    """A fold of it is not within 1e-9; one that is wrong by more than its own roundings is not exact."""
+
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.sin(self.layer(x))
+            for _ in range(24):
+                x = 2.0 * x * x - 1.0
+            return x
+
+    torch.manual_seed(0)
+    model, x = Doubling().eval(), torch.rand(3, 4)
+    noise = false_alarms._float64_noise(model, x)
+    assert 1e-11 < noise < 1e-5
+    assert Row("net", "family", float64_error=4 * noise + 1e-9, float64_noise=noise).exact
+    assert not Row("net", "family", float64_error=40 * noise + 1e-9, float64_noise=noise).exact
+    assert false_alarms._float64_noise(nn.Linear(4, 4), x) < 1e-14
+
+
 def test_an_original_that_overflows_raises_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
     model[0].weight.data *= 1e6
