@@ -188,14 +188,7 @@ def _require_equivalent(report: Report, strict: bool) -> None:
     """
     comparison, undone = report.comparison, report.undone
     if comparison is not None and not comparison.passed:
-        advice = ", please report this with the report attached to this error"
-        if comparison.drowned:
-            advice = (
-                f": rounding to {comparison.dtype} alone changes the original's answers by "
-                f"{comparison.original_noise:.0%}, so no rewrite can be told to be at fault"
-            )
-        elif comparison.lacks_evidence:
-            advice = ""
+        advice = "" if comparison.lacks_evidence else ", please report this with the report attached to this error"
         raise NotEquivalentError(
             f"the fused {report.model} does not agree with the original: {comparison.summary().rstrip('.')}; "
             f"no model was made{advice}",

@@ -104,11 +104,7 @@ class _Search(Generic[Made]):
             self.tell("undoing all further rewrites")
             self.most = self.right
             return [Undone(one, _failure(current.comparison)) for one in current.ledger.made[self.right :]]
-        if found := self._by_standing(current):
-            return found
-        # Where the original's own answers are noise, bisection would follow the noise and name innocent rewrites.
-        pointless = current.comparison is None or current.comparison.passed or current.comparison.drowned
-        return [] if pointless else self._by_bisection(current)
+        return self._by_standing(current) or ([] if current.passed else self._by_bisection(current))
 
     def made_without(self, found: list[Undone]) -> Attempt[Made] | None:
         """The model without what was found, too; None if it cannot be made."""

@@ -221,39 +221,6 @@ def test_rewrites_that_are_wrong_only_together_lose_the_second(monkeypatch: pyte
     assert [rewrite.place.module for rewrite in result.report.rewrites] == ["a"]
 
 
-class Amplifying(nn.Module):
-    """A layer, and forty times the map 2x² - 1, which doubles what is small: any rounding decides the answer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(5, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.sin(self.layer(x))
-        for _ in range(40):
-            x = 2.0 * x * x - 1.0
-        return x
-
-
-def test_nothing_is_blamed_where_the_original_s_answers_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bisection would follow the noise, fuse up to 64 times and name innocent rewrites."""
-    monkeypatch.setattr("reparam.piece.ASKING", (Pair,))
-    monkeypatch.setattr("reparam.undo._Search._by_standing", lambda search, current: [])
-    torch.manual_seed(0)
-    model, x = Amplifying().eval(), torch.rand(3, 5)
-    step = Pair(("a", "b"), lambda number: 1.0 + 1e-7 if number == 2 else 1.0)
-    with pytest.raises(
-        reparam.NotEquivalentError, match=r"by \d+%, so no rewrite can be told to be at fault$"
-    ) as caught:
-        reparam.fuse(model, x, passes=(step,))
-    assert caught.value.report is not None
-    assert caught.value.report.undone == ()
-    assert caught.value.report.comparison is not None
-    assert caught.value.report.comparison.drowned
-    monkeypatch.setattr("reparam.equivalence.comparison.DROWNED", 1e9)
-    assert [one.rewrite.place.module for one in reparam.fuse(model, x, passes=(step,)).report.undone] == ["b"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 40])
 def test_a_fault_that_comes_back_elsewhere_is_followed_until_it_is_gone(

@@ -9,9 +9,6 @@ from typing import Any, Literal
 Location = Literal["interior", "border", "no spatial dims"]
 Status = Literal["passed", "failed", "skipped", "no evidence"]
 
-DROWNED = 0.5
-"""Rounding noise of an original, over its answers, from which on these are noise for the larger part."""
-
 ULP_QUANTILES = (0.5, 0.9, 0.99, 0.999)
 ULP_BOUNDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0, 1024.0, math.inf)
 
@@ -138,13 +135,6 @@ class CaseResult:
         return not self.failures
 
     @property
-    def drowned(self) -> bool:
-        """Whether all that fails are outputs that differ in size, and are noise for the larger part in the original."""
-        wrong = [output for output in self.outputs if output.failures]
-        sizes = all(output.worst_ratio > 1.0 and DROWNED <= output.original_noise < math.inf for output in wrong)
-        return bool(wrong) and sizes and len(self.failures) == sum(len(output.failures) for output in wrong)
-
-    @property
     def only_noisy(self) -> bool:
         """Whether nothing speaks against the case but too much rounding noise."""
         return len(self.failures) == sum((output.numeric_ratio or 0.0) > 1.0 for output in self.outputs)
@@ -230,12 +220,6 @@ class Comparison:
         """Whether it fails for no difference that was found, but since an output could not be compared, or its noise
         was too large to tell."""
         return not self.passed and not self.misrounded and not any(case.failures for case in self.cases)
-
-    @property
-    def drowned(self) -> bool:
-        """Whether it fails only where the original's own answers, as deployed, are noise for the larger part."""
-        wrong = [case for case in self.cases if case.failures]
-        return bool(wrong) and not self.misrounded and all(case.drowned for case in wrong)
 
     @property
     def only_noisy(self) -> bool:

@@ -62,15 +62,10 @@ in float32 differ by anything up to a third, was seen to repeat itself to a thou
 What float64 lets expect bounds what is excused."""
 MOST_LUCK = 32.0
 """How many times smaller than the noise in float64 a sample of it may have been."""
-STEPS, SHORT_STEPS = (2.0**10, 2.0**16), (2.0**7, 2.0**10)
-"""Multiples of half a ULP by which the weights move in float64, in the same directions as for the noise that counts,
-which is that of one. Between the two, which move every weight, the answer must move by as many times more: what jumps
-does so each time. The noise that counts, in which all operations round as well, must be less than the first shows."""
-TOO_FAR = 1e-5
-"""How far an answer may have moved, over its own RMS, for it to be moved 64 times further; of one that is moved further
-by the longer first step, the curvature would be seen, so the shorter ones are taken."""
-IN_PROPORTION = (0.625, 1.5625)
-"""The movement that counts as in proportion, over the one expected."""
+STEPS, IN_PROPORTION = (1.0, 2.0**10, 2.0**16), (40.0, 100.0)
+"""Multiples of half a ULP by which the weights move in float64, in the same directions. Between the last two, which
+move every weight, the answer must move by about 64 times more: what jumps does so each time. The first is the noise
+that counts, in which all operations round as well; that must be less than what the second shows."""
 
 Noises: TypeAlias = "dict[str, list[Spread]]"
 
@@ -126,34 +121,16 @@ def _in_proportion(session: Session, original: nn.Module, ran: Ran, case: Case, 
     anew = session.call(PrivateCopy(original, "original", torch.float64), case, torch.float64)
     if not identical(anew, truth):
         return {}
-
-    def moved_by(step: float) -> Noises:
-        return _noises(session, original, torch.float64, ran, case, truth, step)
-
-    first, (short, long) = moved_by(1.0), STEPS
-    little = moved_by(short)
-    if _is_too_far(ran, little):
-        short, long = SHORT_STEPS
-        little, much = moved_by(short), little
-    else:
-        much = moved_by(long)
+    first, little, much = (_noises(session, original, torch.float64, ran, case, truth, step) for step in STEPS)
     return {
         name: noises
         for name, noises in first.items()
-        if name in little
-        and name in much
-        and all(_is_in_proportion(*draw, long / short) for draw in zip(noises, little[name], much[name], strict=True))
+        if name in little and name in much and all(map(_is_in_proportion, noises, little[name], much[name]))
     }
 
 
-def _is_too_far(ran: Ran, noises: Noises) -> bool:
-    """Whether an output has moved so far that it would leave the range in which it moves in proportion."""
-    scales = {one.figures.name: one.truth.rms for one in ran.measured if one.truth is not None}
-    return any(relative(draw.rms, scales[name]) > TOO_FAR for name, draws in noises.items() for draw in draws)
-
-
-def _is_in_proportion(first: Spread, little: Spread, much: Spread, expected: float) -> bool:
-    low, high = (share * expected for share in IN_PROPORTION)
+def _is_in_proportion(first: Spread, little: Spread, much: Spread) -> bool:
+    low, high = IN_PROPORTION
     return 0.0 < low * little.rms <= much.rms <= high * little.rms and first.rms <= little.rms
 
 

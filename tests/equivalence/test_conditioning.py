@@ -51,18 +51,6 @@ class Trembling(Chaotic):
         return self.head((1.0 + 0.3 * value) * features)
 
 
-class Creased(Chaotic):
-    """What that number amplifies goes through a saw whose teeth are so narrow that no long step stays on one."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        features = self.features(x).mean((2, 3))
-        value = features.mean(1, keepdim=True)
-        for gain in self.gains:
-            value = torch.sin(gain * value)
-        saw = 3e6 * value
-        return self.head((1.0 + 0.3 * (saw - saw.round())) * features)
-
-
 class Cancelling(Plain):
     """Right in float64; in float32 it loses `lost` bits of every feature."""
 
@@ -125,24 +113,6 @@ def test_noise_of_half_precision_that_cannot_grow_hides_no_ill_conditioning() ->
     assert any(after < before for before, after in zip(*ratios, strict=True))
 
 
-def algebra_ratios(found: dict[int, Any]) -> dict[int, float]:
-    return {seed: one.outputs[0].algebra_ratio for seed, one in found.items()}
-
-
-@pytest.mark.slow
-def test_an_original_that_leaves_its_range_is_moved_by_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is as ill-conditioned as the others; what a long step shows is where the next tooth stands."""
-    alone = algebra_ratios(without_the_look(failing, Creased, 0.1))
-    looked_at = algebra_ratios(failing(Creased, 0.1))
-    monkeypatch.setattr(conditioning, "TOO_FAR", math.inf)
-    by_long_steps = algebra_ratios(failing(Creased, 0.1))
-
-    def excused(found: dict[int, float]) -> int:
-        return sum(seed not in found or found[seed] < ratio for seed, ratio in alone.items())
-
-    assert excused(looked_at) > 2 * excused(by_long_steps)
-
-
 def test_a_well_conditioned_original_s_first_verdict_stands() -> None:
     alone = without_the_look(failing, Plain, 0.3)
     assert alone
@@ -194,7 +164,7 @@ def test_what_the_look_costs_is_counted_and_the_original_stays_as_it_was() -> No
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     looked = verify(original, candidate, example(), level="quick")
     assert 1.0 < max(output.worst_ratio for output in looked.outputs) < conditioning.MOST_LUCK
-    assert looked.cost >= 3.0 + 1.0 + (1 + len(conditioning.STEPS)) * conditioning.DRAWS
+    assert looked.cost >= 3.0 + 1.0 + len(conditioning.STEPS) * conditioning.DRAWS
     assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 
