@@ -3,16 +3,15 @@
 The original's rounding noise is one sample. Where a model amplifies every rounding many thousand times (attention whose
 softmax is nearly a decision, say) that sample can be small by luck, and float32 tells little about float64 once its
 noise no longer grows in proportion. So before such a case is held against a candidate, the original is run again with
-every weight moved by up to half a ULP, in float64 and as it is deployed. What that does to its answer is noise that no
-deployment of it can avoid. This is Monte Carlo arithmetic (Parker 1997) on the weights alone.
+everything that it multiplies moved by up to half a ULP (`montecarlo.py`), in float64 and as it is deployed. What that
+does to its answer is noise that no deployment of it can avoid.
 
 It excuses little, and nothing by mistake:
 
 * It depends on the original only; a candidate cannot excuse itself.
 * The original must repeat its answer when it is run anew, or its noise is not what was measured.
-* In float64 its answer must move in proportion to its weights. That of a model which compares a weight with a constant
-  or rounds it to an index does not: it jumps, however little the weight moves.
-* It must amplify roundings: those of its weights in float64 `ILL_CONDITIONED` times, and those that it was seen to make
+* What it compares with a constant or makes an index of is not moved, and so does not jump.
+* It must amplify roundings: those in float64 `ILL_CONDITIONED` times, and those that it was seen to make
   `SEEN_AT_LEAST` times (in half precision, where noise as large as the answers cannot grow, those that float32 makes);
   of a well-conditioned original the first verdict stands.
 * What its deployment shows counts as far as float64 lets expect it (`AS_EXPECTED`).
@@ -37,20 +36,21 @@ from reparam.equivalence.judge import Spread, spread
 from reparam.equivalence.measure import FOLD_ROUNDINGS
 from reparam.equivalence.measured import Measured
 from reparam.equivalence.metrics import relative
+from reparam.equivalence.montecarlo import MovedOperands
 from reparam.equivalence.outputs import Flat, identical
-from reparam.equivalence.precision import PrivateCopy, moved
+from reparam.equivalence.precision import PrivateCopy
 from reparam.equivalence.session import Session
 
-DRAWS, DEPLOYED_DRAWS = 3, 20
-"""How often the weights are moved in float64 and in the deployment dtype."""
+DRAWS, DEPLOYED_DRAWS = 9, 20
+"""How often the original is run with moved operands in float64 and as it is deployed."""
 CERTAIN = 2.5
 """How many times the RMS of the deployed runs their noise is, at least; the largest of them counts where that is more.
 Where one direction dominates, the noise of a run is a single normal number however many outputs it moves. Such a one is
 more than twice another in 30% of all cases, and more than twice 2.5 times the RMS of twenty others in 0.007% (Student's
 distribution)."""
 AS_EXPECTED = 4.0
-"""How many times the noise in float64, in proportion, that of moved weights in the deployment dtype may be; what is
-more is a jump, over a step that is too large for float64 to see."""
+"""How many times the noise in float64, in proportion, that in the deployment dtype may be; what is more is no rounding
+that is amplified."""
 ILL_CONDITIONED, SEEN_AT_LEAST = 100.0, 10.0
 """How many times larger than the roundoff the RMS error of an output is, over its own RMS, from which on the noise that
 was measured is not relied upon: in float64, by the largest of several draws; and as the one sample that was seen, which
@@ -62,11 +62,6 @@ in float32 differ by anything up to a third, was seen to repeat itself to a thou
 What float64 lets expect bounds what is excused."""
 MOST_LUCK = 32.0
 """How many times smaller than the noise in float64 a sample of it may have been."""
-STEPS, IN_PROPORTION = (1.0, 2.0**10, 2.0**16), (40.0, 100.0)
-"""Multiples of half a ULP by which the weights move in float64, in the same directions. Between the last two, which
-move every weight, the answer must move by about 64 times more: what jumps does so each time. The first is the noise
-that counts, in which all operations round as well; that must be less than what the second shows."""
-
 Noises: TypeAlias = "dict[str, list[Spread]]"
 
 
@@ -103,39 +98,24 @@ def _is_near(result: CaseResult) -> bool:
 
 def _looked_at(session: Session, original: nn.Module, deployed: nn.Module, ran: Ran, case: Case, truth: Flat) -> Ran:
     try:
-        wide = _in_proportion(session, original, ran, case, truth)
+        exact = PrivateCopy(original, "original", torch.float64)
+        if not identical(session.call(exact, case, torch.float64), truth):
+            return ran
+        wide = _noises(session, exact, torch.float64, ran, case, truth, DRAWS)
         ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, wide.get(one.figures.name, []))}
         if not ill:
             return ran
         narrow: Noises = {}
         if session.rules.dtype != torch.float64:
-            narrow = _noises(session, deployed, None, ran, case, truth, draws=DEPLOYED_DRAWS)
-    except Exception:  # weights that must be what they are, outputs that cannot be compared: nothing is known then
+            narrow = _noises(session, PrivateCopy(deployed, "original"), None, ran, case, truth, DEPLOYED_DRAWS)
+    except Exception:  # operators that cannot be watched, outputs that cannot be compared: nothing is known then
         return ran
     measured = [_with(one, narrow, wide) if one.figures.name in ill else one for one in ran.measured]
     return replace(ran, measured=tuple(measured))
 
 
-def _in_proportion(session: Session, original: nn.Module, ran: Ran, case: Case, truth: Flat) -> Noises:
-    """The noises of the outputs that move in proportion to the weights; none if the original does not repeat itself."""
-    anew = session.call(PrivateCopy(original, "original", torch.float64), case, torch.float64)
-    if not identical(anew, truth):
-        return {}
-    first, little, much = (_noises(session, original, torch.float64, ran, case, truth, step) for step in STEPS)
-    return {
-        name: noises
-        for name, noises in first.items()
-        if name in little and name in much and all(map(_is_in_proportion, noises, little[name], much[name]))
-    }
-
-
-def _is_in_proportion(first: Spread, little: Spread, much: Spread) -> bool:
-    low, high = IN_PROPORTION
-    return 0.0 < low * little.rms <= much.rms <= high * little.rms and first.rms <= little.rms
-
-
 def _is_ill_conditioned(one: Measured, noises: Sequence[Spread]) -> bool:
-    """Whether both the roundings of its weights in float64 and those that were seen are amplified."""
+    """Whether both the roundings in float64 and those that were seen are amplified."""
     if one.truth is None or not noises:
         return False
     amplified = max(relative(noise.rms, one.truth.rms) for noise in noises) / torch.finfo(torch.float64).eps
@@ -143,23 +123,16 @@ def _is_ill_conditioned(one: Measured, noises: Sequence[Spread]) -> bool:
 
 
 def _noises(
-    session: Session,
-    module: nn.Module,
-    dtype: torch.dtype | None,
-    ran: Ran,
-    case: Case,
-    truth: Flat,
-    step: float = 1.0,
-    draws: int = DRAWS,
+    session: Session, model: PrivateCopy, dtype: torch.dtype | None, ran: Ran, case: Case, truth: Flat, draws: int
 ) -> Noises:
-    """By output, how far each answer with moved weights is from the truth, run in `dtype` or as it is.
+    """By output, how far each answer with moved operands is from the truth, run in `dtype` or as it is.
 
-    The directions are the same in all dtypes and for every step. Outputs with an element that is not finite are left
-    out.
+    Outputs with an element that is not finite are left out.
     """
     found: Noises = {}
     for draw in range(draws):
-        answer = session.call(moved(module, dtype, session.seed + draw, step), case, dtype).tensors()
+        with MovedOperands(session.seed + draw):
+            answer = session.call(model, case, dtype).tensors()
         for one in ran.measured:
             name = one.figures.name
             if one.truth is None or name not in answer or one.figures.elements != answer[name].numel():
@@ -196,8 +169,8 @@ def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
             figures, original_noise=max(figures.original_noise, relative(after.numeric[1].rms, after.truth.rms))
         )
     note = (
-        f"{name}: the original is ill-conditioned, so its noise was measured with its weights moved by half a ULP, "
-        f"too: {' and '.join(found)}"
+        f"{name}: the original is ill-conditioned, so its noise was measured with what it multiplies moved by half "
+        f"a ULP, too: {' and '.join(found)}"
     )
     return replace(after, figures=replace(figures, notes=(*figures.notes, note)))
 

@@ -25,7 +25,6 @@ from reparam.lazy import (
     lean_copy,
     pairs_of_blocks,
     results_held,
-    row_blocks,
     shared_storages,
 )
 from reparam.quiet import without_copying_warnings
@@ -196,27 +195,8 @@ def disturbed(
             continue
         found = True
         target = targets[name]
-        target.data += torch.where(changed, _rounding(target.data, dtype, generator), 0.0)
+        target.data += torch.where(changed, rounding(target.data, dtype, generator), 0.0)
     return copied if found else None
-
-
-def moved(original: nn.Module, dtype: torch.dtype | None, seed: int, step: float = 1.0) -> nn.Module:
-    """A copy, in `dtype` or as it is, with every floating-point weight moved by up to `step` halves of its own ULP.
-
-    Zeros and what is not finite stay what they are, and nothing becomes infinite.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    copied = private_copy(original, "original", dtype)
-    for tensor in named_tensors(copied).values():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            continue
-        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # an expanded one has shared elements
-        for rows in row_blocks(tuple(tensor.shape)) if tensor.dim() else (...,):
-            block = tensor.data[rows]
-            wide = block.double()
-            other = (wide + step * _rounding(wide, tensor.dtype, generator)).to(block.dtype)
-            block.copy_(torch.where((block == 0) | ~other.isfinite(), block, other))
-    return copied
 
 
 def rounding_failures(candidate: Any, candidate_float64: nn.Module) -> tuple[str, ...]:
@@ -251,17 +231,20 @@ def _not_rounded(tensor: torch.Tensor, exact: torch.Tensor) -> int:
     return count
 
 
+def rounding(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Uniform in +-u of each element, where u is the unit roundoff of `dtype`.
+
+    Below the smallest normal number the spacing is constant.
+    """
+    info = torch.finfo(dtype)
+    draws = torch.rand(tensor.shape, generator=generator).mul_(2).sub_(1).to(tensor.device)
+    return draws * (tensor.abs() * (info.eps / 2)).clamp_min(info.tiny * info.eps / 2)
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
-
-
-def _rounding(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Uniform in +-u of each element; below the smallest normal number the spacing is constant."""
-    info = torch.finfo(dtype)
-    draws = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).to(weight.device)
-    return draws * (weight.abs() * (info.eps / 2)).clamp_min(info.tiny * info.eps / 2)
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[Any, ...]:

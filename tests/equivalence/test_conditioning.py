@@ -17,7 +17,6 @@ from reparam.equivalence.judge import spread
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import Rules, Runs
 from reparam.equivalence.outputs import flatten
-from reparam.equivalence.precision import moved
 from tests.equivalence.nets import Plain, example, folded, randomise
 from tests.support import sampled
 
@@ -127,7 +126,7 @@ def test_what_was_measured_is_told() -> None:
         comparison = verify(original, copy.deepcopy(exact).float(), x, candidate_float64=exact, noise_factor=0.2)
         for case in comparison.cases:
             for note in case.notes:
-                if "weights moved by half a ULP" in note:
+                if "moved by half a ULP" in note:
                     assert "in float32 (allowed for was " in note or "in float64 (allowed for was " in note
                     return
     pytest.fail("no case was looked at again")
@@ -164,7 +163,7 @@ def test_what_the_look_costs_is_counted_and_the_original_stays_as_it_was() -> No
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     looked = verify(original, candidate, example(), level="quick")
     assert 1.0 < max(output.worst_ratio for output in looked.outputs) < conditioning.MOST_LUCK
-    assert looked.cost >= 3.0 + 1.0 + len(conditioning.STEPS) * conditioning.DRAWS
+    assert looked.cost >= 3.0 + 1.0 + conditioning.DRAWS
     assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 
@@ -317,7 +316,7 @@ def test_both_kinds_of_roundings_must_be_amplified(kind: type[Plain]) -> None:
 
 
 class Gated(nn.Module):
-    """Its norm removes a large mean, so it is ill-conditioned; a weight that it compares jumps in float32 alone."""
+    """Its norm removes a large mean, so it is ill-conditioned; a weight that it compares would jump if it moved."""
 
     lost: int = 0
 
@@ -336,12 +335,59 @@ class Gated(nn.Module):
         return torch.where((self.gate - 1.0).abs() < 1e-8, logits, 1.01 * logits)
 
 
-def test_a_jump_that_float64_cannot_see_excuses_nothing() -> None:
+def test_a_comparison_of_a_weight_excuses_nothing() -> None:
     for seed in range(8):
         original = Gated(seed).eval()
         candidate = copy.deepcopy(original)
         candidate.lost = 16
         assert not verify(original, candidate, torch.randn(1, 3, 12, 12), seed=seed, level="quick").passed
+
+
+class Sawing(Chaotic):
+    """What that number amplifies goes through a saw of narrow teeth of one thousandth, and a weight is compared."""
+
+    def __init__(self, width: int = 12, depth: int = 3) -> None:
+        super().__init__(width, depth)
+        self.register_buffer("gate", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        features = self.features(x).mean((2, 3))
+        value = features.mean(1, keepdim=True)
+        for gain in self.gains:
+            value = torch.sin(gain * value)
+        saw = 3e6 * value
+        logits = self.head((1.0 + 1e-3 * (saw - saw.round())) * features)
+        return torch.where((self.gate - 1.0).abs() < 1e-8, logits, 1.05 * logits)
+
+
+class Losing(Sawing):
+    """The same with features that have lost bits."""
+
+    lost: int = 16
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        values = super().features(x)
+        offset = float(2**self.lost) * values.detach().abs().max()
+        return (values + offset) - offset
+
+
+def test_noise_that_cannot_grow_excuses_no_more_than_it_is() -> None:
+    """In float64 it grows as fast as in a model whose answers are noise; float32 shows that it stays a thousandth."""
+    for seed in SEEDS:
+        original, poor = of(Sawing, seed), of(Losing, seed)
+        x = example(seed=seed, batch=1)
+
+        def scaled(x: torch.Tensor, original: nn.Module = original) -> Any:
+            return 1.03 * original(x)
+
+        right = folded(copy.deepcopy(original).double()).float()
+
+        def folds(x: torch.Tensor, right: nn.Module = right) -> Any:
+            return right(x)
+
+        assert verify(original, folds, x, seed=seed, level="quick").passed
+        assert not verify(original, scaled, x, seed=seed, level="quick").passed
+        assert not verify(original, poor, x, seed=seed, level="quick").passed
 
 
 @pytest.mark.parametrize(("noise", "tells"), [(0.01, False), (0.2, False), (0.5, True)])
@@ -375,25 +421,6 @@ def test_outputs_that_cannot_be_looked_at_are_left_alone() -> None:
     comparison = verify(original, wrong, example())
     assert not comparison.passed
     assert max(output.worst_ratio for output in comparison.outputs) > 1.0
-
-
-def test_moving_keeps_zeros_infinities_ties_and_the_module_itself() -> None:
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.tensor([0.0, 1.0, -2.0, float("inf"), torch.finfo(torch.float32).max]))
-    module.tied = module.weight
-    module.register_buffer("mask", torch.tensor(float("-inf")).expand(3))
-    module.register_buffer("index", torch.tensor([1, 2]))
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    other = moved(module, None, seed=0, step=1024.0)
-    assert other.tied is other.weight
-    assert other.weight[0] == 0.0
-    assert (other.weight[1:3] != module.weight[1:3]).all()
-    torch.testing.assert_close(other.weight[1:3], module.weight[1:3], rtol=1e-3, atol=0.0)
-    assert torch.equal(other.weight[3], module.weight[3])
-    assert other.weight.isfinite().tolist() == [True, True, True, False, True]
-    assert torch.equal(other.mask, module.mask)
-    assert torch.equal(other.index, module.index)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 def test_several_noises_together_are_their_root_mean_square() -> None:

@@ -1,0 +1,82 @@
+"""Monte Carlo arithmetic (Parker 1997): a run in which what is multiplied is moved at random, as roundings move it.
+
+What a model does to its roundings shows when it is run several times, each time with other roundings. Here the operands
+of products, convolutions and normalisations are moved by up to half a unit in the last place where they are used, data
+and weights alike. The weights themselves stay what they are: a model that compares a buffer with a constant, or makes
+an index of it, goes the way it always goes. Moving the weights would send it the other way, and that jump is no noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from reparam.equivalence.precision import rounding
+from reparam.lazy import Lazy, row_blocks
+
+_PRODUCTS = ("linear", "addmm", "addbmm", "baddbmm", "addmv", "addr", "mm", "bmm", "mv", "dot", "matmul")
+_CONVOLUTIONS = ("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
+_NORMALISATIONS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
+_WHOLE_LAYERS = (
+    "mkldnn_rnn_layer",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+MOVED = frozenset(
+    (
+        *_PRODUCTS,
+        *_CONVOLUTIONS,
+        *(f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in (1, 2, 3)),
+        *_NORMALISATIONS,
+        *(f"native_{name}" for name in _NORMALISATIONS),
+        "_native_batch_norm_legit_no_training",
+        "cudnn_batch_norm",
+        "_fused_rms_norm",
+        *_WHOLE_LAYERS,
+    )
+)
+"""Names of the ATen operators whose operands move."""
+
+
+class MovedOperands(TorchDispatchMode):
+    """Inside, the floating-point operands of the operators in `MOVED` are moved; the same way for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)  # a higher-order operator has none
+        if schema is not None and schema.name.partition("::")[2] in MOVED and not schema.is_mutable:
+            args, kwargs = tree_map_only(torch.Tensor, self._moved, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return moved(tensor, self._generator)
+
+
+def moved(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each element moved by up to half a unit in its last place; zeros, and what is not finite, stay what they are.
+
+    Nothing becomes infinite. Tensors that are not dense or hold no real floating-point numbers are returned unchanged.
+    """
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        return tensor
+    if isinstance(tensor, Lazy):
+        tensor = tensor.whole()
+    result = torch.empty_like(tensor, memory_format=torch.preserve_format)
+    for rows in row_blocks(tuple(tensor.shape)) if tensor.dim() else (...,):
+        block = tensor[rows]
+        wide = block.double()
+        other = (wide + rounding(wide, tensor.dtype, generator)).to(block.dtype)
+        result[rows] = torch.where((block == 0) | ~other.isfinite(), block, other)
+    return result
