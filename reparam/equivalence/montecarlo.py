@@ -65,18 +65,22 @@ class MovedOperands(TorchDispatchMode):
 
 
 def moved(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each element moved by up to half a unit in its last place; zeros, and what is not finite, stay what they are.
+    """Each element moved by up to half a unit in its last place.
 
-    Nothing becomes infinite. Tensors that are not dense or hold no real floating-point numbers are returned unchanged.
+    Whole numbers up to `eps ** -0.5` stay what they are: masks, counts and selections are exact however they are
+    multiplied, and a comparison of them is no noise either. So does what is not finite, and nothing becomes infinite.
+    Tensors that are not dense or hold no real floating-point numbers are returned unchanged.
     """
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         return tensor
     if isinstance(tensor, Lazy):
         tensor = tensor.whole()
     result = torch.empty_like(tensor, memory_format=torch.preserve_format)
+    most = torch.finfo(tensor.dtype).eps ** -0.5
     for rows in row_blocks(tuple(tensor.shape)) if tensor.dim() else (...,):
         block = tensor[rows]
         wide = block.double()
         other = (wide + rounding(wide, tensor.dtype, generator)).to(block.dtype)
-        result[rows] = torch.where((block == 0) | ~other.isfinite(), block, other)
+        whole = (block == block.round()) & (block.abs() <= most)
+        result[rows] = torch.where(whole | ~other.isfinite(), block, other)
     return result

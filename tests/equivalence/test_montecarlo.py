@@ -118,6 +118,25 @@ def test_elements_move_by_half_a_ulp_at_most(dtype: torch.dtype) -> None:
     assert ((found - tensor).double().abs() <= torch.finfo(dtype).eps * tensor.double().abs()).all()
 
 
+def test_selections_and_counts_stay_exact() -> None:
+    """Products of masks with ones, in every dtype, and a comparison of what they count."""
+
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x > 0).to(x.dtype) @ torch.ones(8, 8, dtype=x.dtype).triu()
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for seed in range(10):
+            assert torch.equal(answers(Counting(), x, seed=seed), Counting()(x))
+
+
+def test_large_whole_numbers_move() -> None:
+    """In bfloat16 everything from 128 on is a whole number."""
+    tensor = torch.full((1000,), 250.0, dtype=torch.bfloat16)
+    assert not torch.equal(moved(tensor, torch.Generator().manual_seed(0)), tensor)
+
+
 def test_zeros_infinities_integers_and_sparse_tensors_stay() -> None:
     values = [0.0, 1.9, -2.0, float("inf"), float("nan"), torch.finfo(torch.float32).max]
     tensor, generator = torch.tensor(values), torch.Generator().manual_seed(0)
