@@ -16,7 +16,7 @@ It excuses little, and nothing by mistake:
   of a well-conditioned original the first verdict stands.
 * What its deployment shows counts as far as float64 lets expect it (`AS_EXPECTED`).
 * Its noise is raised only in the case that failed, at most `NEAR` times; that in float64, which nothing else bounds,
-  `MOST_LUCK` times.
+  `MOST_LUCK` times, or where float32 cannot tell it, to `LOUDEST` of the answer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from reparam.equivalence.cases import Case
 from reparam.equivalence.comparison import CaseResult
 from reparam.equivalence.gather import Ran
 from reparam.equivalence.judge import Spread, spread
-from reparam.equivalence.measure import FOLD_ROUNDINGS
+from reparam.equivalence.measure import AT_ITS_CEILING, FOLD_ROUNDINGS
 from reparam.equivalence.measured import Measured
 from reparam.equivalence.metrics import relative
 from reparam.equivalence.montecarlo import MovedOperands
@@ -41,7 +41,7 @@ from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.precision import PrivateCopy
 from reparam.equivalence.session import Session
 
-DRAWS, DEPLOYED_DRAWS = 9, 20
+DRAWS, DEPLOYED_DRAWS = 5, 20
 """How often the original is run with moved operands in float64 and as it is deployed."""
 CERTAIN = 2.5
 """How many times the RMS of the deployed runs their noise is, at least; the largest of them counts where that is more.
@@ -62,6 +62,10 @@ in float32 differ by anything up to a third, was seen to repeat itself to a thou
 What float64 lets expect bounds what is excused."""
 MOST_LUCK = 32.0
 """How many times smaller than the noise in float64 a sample of it may have been."""
+LOUDEST = 1e-4
+"""Up to what part of the answer the noise in float64 is believed where that in float32 cannot grow any more, so that no
+bound follows from it: a third of the answer is noise in float32 whether roundings are amplified a million times or a
+thousand million times."""
 Noises: TypeAlias = "dict[str, list[Spread]]"
 
 
@@ -84,19 +88,34 @@ def looked_at_again(
         return list(ran)
     pairs = zip(ran, results, strict=True)
     return [
-        _looked_at(session, original, deployed, one, one.case, one.truth)
-        if one.case is not None and one.truth is not None and _is_near(result)
+        _looked_at(session, original, deployed if _is_noisy(result) else None, one, one.case, one.truth)
+        if one.case is not None and one.truth is not None and _is_near(result, one)
         else one
         for one, result in pairs
     ]
 
 
-def _is_near(result: CaseResult) -> bool:
-    ratios = [output.worst_ratio for output in result.outputs]
-    return bool(result.failures) and 1.0 < max(ratios, default=0.0) <= NEAR
+def _is_near(result: CaseResult, ran: Ran) -> bool:
+    """Whether it failed by little; how far float64 is off counts only where float32 tells what its noise is."""
+    loud = {one.figures.name for one in ran.measured if _is_at_its_ceiling(one)}
+    ratios = [one.numeric_ratio or 0.0 if one.name in loud else one.worst_ratio for one in result.outputs]
+    far = max(ratios, default=0.0) > NEAR
+    return bool(result.failures) and not far and any(one.worst_ratio > 1.0 for one in result.outputs)
 
 
-def _looked_at(session: Session, original: nn.Module, deployed: nn.Module, ran: Ran, case: Case, truth: Flat) -> Ran:
+def _is_at_its_ceiling(one: Measured) -> bool:
+    """Whether the answers are noise in float32 already, which then cannot grow in proportion to what is amplified."""
+    return one.amplified * torch.finfo(torch.float32).eps >= AT_ITS_CEILING
+
+
+def _is_noisy(result: CaseResult) -> bool:
+    """Whether it failed as deployed, and not in float64 alone."""
+    return any((output.numeric_ratio or 0.0) > 1.0 for output in result.outputs)
+
+
+def _looked_at(
+    session: Session, original: nn.Module, deployed: nn.Module | None, ran: Ran, case: Case, truth: Flat
+) -> Ran:
     try:
         exact = PrivateCopy(original, "original", torch.float64)
         if not identical(session.call(exact, case, torch.float64), truth):
@@ -106,7 +125,7 @@ def _looked_at(session: Session, original: nn.Module, deployed: nn.Module, ran: 
         if not ill:
             return ran
         narrow: Noises = {}
-        if session.rules.dtype != torch.float64:
+        if deployed is not None and session.rules.dtype != torch.float64:
             narrow = _noises(session, PrivateCopy(deployed, "original"), None, ran, case, truth, DEPLOYED_DRAWS)
     except Exception:  # operators that cannot be watched, outputs that cannot be compared: nothing is known then
         return ran
@@ -148,10 +167,13 @@ def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
     name = before.figures.name
     # The weights of a candidate in float64 were rounded more than once, and the factor of a channel coherently.
     folded = [noise.scaled(FOLD_ROUNDINGS) for noise in wide[name]]
+    most = MOST_LUCK
+    if _is_at_its_ceiling(before) and before.truth is not None and before.algebra is not None:
+        most = max(most, relative(LOUDEST * before.truth.rms, before.algebra[1].rms))
     after = replace(
         before,
         numeric=_raised(before.numeric, _deployed(narrow.get(name, []), wide[name], before.dtype), NEAR),
-        algebra=_raised(before.algebra, folded, MOST_LUCK),
+        algebra=_raised(before.algebra, folded, most),
     )
     assert after.truth is not None
     figures, found = after.figures, []

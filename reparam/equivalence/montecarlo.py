@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from reparam.equivalence.precision import rounding
 from reparam.lazy import Lazy, row_blocks
 
 _PRODUCTS = ("linear", "addmm", "addbmm", "baddbmm", "addmv", "addr", "mm", "bmm", "mv", "dot", "matmul")
@@ -51,7 +51,7 @@ class MovedOperands(TorchDispatchMode):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = np.random.default_rng(seed % 2**63)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,23 +64,32 @@ class MovedOperands(TorchDispatchMode):
         return moved(tensor, self._generator)
 
 
-def moved(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def moved(tensor: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
     """Each element moved by up to half a unit in its last place.
 
     Whole numbers up to `eps ** -0.5` stay what they are: masks, counts and selections are exact however they are
     multiplied, and a comparison of them is no noise either. So does what is not finite, and nothing becomes infinite.
     Tensors that are not dense or hold no real floating-point numbers are returned unchanged.
     """
-    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.numel():
         return tensor
     if isinstance(tensor, Lazy):
         tensor = tensor.whole()
     result = torch.empty_like(tensor, memory_format=torch.preserve_format)
-    most = torch.finfo(tensor.dtype).eps ** -0.5
     for rows in row_blocks(tuple(tensor.shape)) if tensor.dim() else (...,):
-        block = tensor[rows]
-        wide = block.double()
-        other = (wide + rounding(wide, tensor.dtype, generator)).to(block.dtype)
-        whole = (block == block.round()) & (block.abs() <= most)
-        result[rows] = torch.where(whole | ~other.isfinite(), block, other)
+        wide = tensor[rows].double()
+        result[rows] = wide + _steps(wide, tensor.dtype, generator)
     return result
+
+
+def _steps(wide: torch.Tensor, dtype: torch.dtype, generator: np.random.Generator) -> torch.Tensor:
+    """By how much each element moves; in arithmetic throughout, which is several times as fast as choosing."""
+    info = torch.finfo(dtype)
+    draws = torch.from_numpy(generator.random(tuple(wide.shape), np.float32)).to(wide.device).sub_(0.5)
+    size = wide.abs()
+    broken = (size.round() - size).abs_()
+    too_large = (size - info.eps**-0.5).clamp_min_(0.0)
+    steps = size.clamp_min(info.tiny).mul_(info.eps).mul_(draws).mul_(broken.add_(too_large).sign_())
+    if not float(size.max()) <= info.max / 2:
+        steps.masked_fill_(~(size <= info.max / 2), 0.0)
+    return steps

@@ -195,7 +195,7 @@ def disturbed(
             continue
         found = True
         target = targets[name]
-        target.data += torch.where(changed, rounding(target.data, dtype, generator), 0.0)
+        target.data += torch.where(changed, _rounding(target.data, dtype, generator), 0.0)
     return copied if found else None
 
 
@@ -231,20 +231,17 @@ def _not_rounded(tensor: torch.Tensor, exact: torch.Tensor) -> int:
     return count
 
 
-def rounding(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Uniform in +-u of each element, where u is the unit roundoff of `dtype`.
-
-    Below the smallest normal number the spacing is constant.
-    """
-    info = torch.finfo(dtype)
-    draws = torch.rand(tensor.shape, generator=generator).mul_(2).sub_(1).to(tensor.device)
-    return draws * (tensor.abs() * (info.eps / 2)).clamp_min(info.tiny * info.eps / 2)
-
-
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
+
+
+def _rounding(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Uniform in +-u of each element; below the smallest normal number the spacing is constant."""
+    info = torch.finfo(dtype)
+    draws = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).to(weight.device)
+    return draws * (weight.abs() * (info.eps / 2)).clamp_min(info.tiny * info.eps / 2)
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -112,6 +112,35 @@ def test_noise_of_half_precision_that_cannot_grow_hides_no_ill_conditioning() ->
     assert any(after < before for before, after in zip(*ratios, strict=True))
 
 
+class Drowning(Chaotic):
+    """Its answers are noise in float32, and roundings in float64 change a millionth of them."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        features = self.features(x).mean((2, 3))
+        value = features.mean(1, keepdim=True)
+        for gain in self.gains:
+            value = torch.sin(gain * value)
+        return self.head((1.0 + 3.0 * torch.sin(1e5 * value)) * features)
+
+
+def test_noise_in_float32_that_cannot_grow_bounds_that_in_float64_no_more() -> None:
+    alone = without_the_look(failing, Drowning, 2.0)
+    looked_at = failing(Drowning, 2.0)
+    assert len(alone) >= 4
+    assert len(looked_at) <= len(alone) // 4
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2])
+def test_a_fault_beyond_that_noise_is_found(size: float) -> None:
+    """Of the last weights, so that nothing amplifies it."""
+    for seed in SEEDS:
+        original = of(Drowning, seed)
+        wrong = folded(copy.deepcopy(original).double())
+        wrong.head.weight.data *= 1.0 + size
+        x = example(seed=seed, batch=1)
+        assert not verify(original, copy.deepcopy(wrong).float(), x, candidate_float64=wrong, seed=seed).passed
+
+
 def test_a_well_conditioned_original_s_first_verdict_stands() -> None:
     alone = without_the_look(failing, Plain, 0.3)
     assert alone
@@ -132,7 +161,7 @@ def test_what_was_measured_is_told() -> None:
     pytest.fail("no case was looked at again")
 
 
-@pytest.mark.parametrize("kind", [Plain, Chaotic])
+@pytest.mark.parametrize("kind", sampled([Plain, Chaotic, Drowning], 3))
 @pytest.mark.parametrize("size", [1e-3, 1e-6])
 def test_a_wrong_weight_is_not_excused(kind: type[Plain], size: float) -> None:
     for seed in SEEDS:
