@@ -3,14 +3,15 @@
 The original's rounding noise is one sample. Where a model amplifies every rounding many thousand times (attention whose
 softmax is nearly a decision, say) that sample can be small by luck, and float32 tells little about float64 once its
 noise no longer grows in proportion. So before such a case is held against a candidate, the original is run again with
-everything that it multiplies moved by up to half a ULP (`montecarlo.py`), in float64 and as it is deployed. What that
-does to its answer is noise that no deployment of it can avoid.
+the operands of its products moved as other roundings would move them (`montecarlo.py`), in float64 and as it is
+deployed. What that does to its answer is noise that no deployment of it can avoid.
 
 It excuses little, and nothing by mistake:
 
 * It depends on the original only; a candidate cannot excuse itself.
 * The original must repeat its answer when it is run anew, or its noise is not what was measured.
-* What it compares with a constant or makes an index of is not moved, and so does not jump.
+* What is exact or equal in it stays so, and where its answer jumps all the same it does so by any step: in float64 the
+  answer must move little (`LOUDEST`), and in proportion to the step.
 * It must amplify roundings: those in float64 `ILL_CONDITIONED` times, and those that it was seen to make
   `SEEN_AT_LEAST` times (in half precision, where noise as large as the answers cannot grow, those that float32 makes);
   of a well-conditioned original the first verdict stands.
@@ -38,11 +39,15 @@ from reparam.equivalence.measured import Measured
 from reparam.equivalence.metrics import relative
 from reparam.equivalence.montecarlo import MovedOperands
 from reparam.equivalence.outputs import Flat, identical
-from reparam.equivalence.precision import PrivateCopy
+from reparam.equivalence.precision import PrivateCopy, named_tensors
 from reparam.equivalence.session import Session
 
 DRAWS, DEPLOYED_DRAWS = 5, 20
-"""How often the original is run with moved operands in float64 and as it is deployed."""
+"""How often the original is run with moved operands in float64, for each step, and as it is deployed."""
+LONGEST, SHORTEST = 2.0**10, 2.0**6
+"""The step, in halves of a unit in the last place, that tells jumps in float64 from what moves in proportion: as long
+as may be, but the answer must not leave the range in which it does (`LOUDEST`). One shorter than the second tells
+nothing, as the RMS of a few draws varies by a factor of four; the answers must differ by its root at least."""
 CERTAIN = 2.5
 """How many times the RMS of the deployed runs their noise is, at least; the largest of them counts where that is more.
 Where one direction dominates, the noise of a run is a single normal number however many outputs it moves. Such a one is
@@ -63,7 +68,7 @@ What float64 lets expect bounds what is excused."""
 MOST_LUCK = 32.0
 """How many times smaller than the noise in float64 a sample of it may have been."""
 LOUDEST = 1e-4
-"""Up to what part of the answer the noise in float64 is believed where that in float32 cannot grow any more, so that no
+"""Up to what part of the answer the noise in float64 is believed. Where that in float32 cannot grow any more, no other
 bound follows from it: a third of the answer is noise in float32 whether roundings are amplified a million times or a
 thousand million times."""
 Noises: TypeAlias = "dict[str, list[Spread]]"
@@ -120,7 +125,7 @@ def _looked_at(
         exact = PrivateCopy(original, "original", torch.float64)
         if not identical(session.call(exact, case, torch.float64), truth):
             return ran
-        wide = _noises(session, exact, torch.float64, ran, case, truth, DRAWS)
+        wide = _in_proportion(session, exact, ran, case, truth)
         ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, wide.get(one.figures.name, []))}
         if not ill:
             return ran
@@ -133,6 +138,34 @@ def _looked_at(
     return replace(ran, measured=tuple(measured))
 
 
+def _in_proportion(session: Session, exact: PrivateCopy, ran: Ran, case: Case, truth: Flat) -> Noises:
+    """The noises in float64 of the outputs that do not jump."""
+    found = _noises(session, exact, torch.float64, ran, case, truth, DRAWS)
+    moves = {
+        one.figures.name: relative(_rms(found[one.figures.name]), one.truth.rms)
+        for one in ran.measured
+        if one.truth is not None and one.figures.name in found
+    }
+    loud = {one.figures.name for one in ran.measured if _is_at_its_ceiling(one)}
+    believed = {name for name, move in moves.items() if move <= LOUDEST or name in loud}
+    longest = {name: min(LONGEST, relative(LOUDEST, moves[name])) for name in believed if moves[name] > 0.0}
+    told = {name for name, step in longest.items() if step >= SHORTEST}
+    if told:
+        step = min(longest[name] for name in told)
+        further = _noises(session, exact, torch.float64, ran, case, truth, DRAWS, step)
+        believed -= {name for name in told if not _grows(found[name], further.get(name, []), step)}
+    return {name: noises for name, noises in found.items() if name in believed}
+
+
+def _grows(found: Sequence[Spread], further: Sequence[Spread], step: float) -> bool:
+    """Whether the answer moves by about as many times more as the operands do, and not as far by any step."""
+    return bool(further) and step**0.5 <= _rms(further) / _rms(found) <= step**1.5
+
+
+def _rms(noises: Sequence[Spread]) -> float:
+    return math.sqrt(sum(noise.rms**2 for noise in noises) / len(noises))
+
+
 def _is_ill_conditioned(one: Measured, noises: Sequence[Spread]) -> bool:
     """Whether both the roundings in float64 and those that were seen are amplified."""
     if one.truth is None or not noises:
@@ -142,7 +175,14 @@ def _is_ill_conditioned(one: Measured, noises: Sequence[Spread]) -> bool:
 
 
 def _noises(
-    session: Session, model: PrivateCopy, dtype: torch.dtype | None, ran: Ran, case: Case, truth: Flat, draws: int
+    session: Session,
+    model: PrivateCopy,
+    dtype: torch.dtype | None,
+    ran: Ran,
+    case: Case,
+    truth: Flat,
+    draws: int,
+    step: float = 1.0,
 ) -> Noises:
     """By output, how far each answer with moved operands is from the truth, run in `dtype` or as it is.
 
@@ -150,7 +190,7 @@ def _noises(
     """
     found: Noises = {}
     for draw in range(draws):
-        with MovedOperands(session.seed + draw):
+        with MovedOperands(session.seed + draw, step, named_tensors(model.module).values()):
             answer = session.call(model, case, dtype).tensors()
         for one in ran.measured:
             name = one.figures.name
@@ -191,8 +231,8 @@ def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
             figures, original_noise=max(figures.original_noise, relative(after.numeric[1].rms, after.truth.rms))
         )
     note = (
-        f"{name}: the original is ill-conditioned, so its noise was measured with what it multiplies moved by half "
-        f"a ULP, too: {' and '.join(found)}"
+        f"{name}: the original is ill-conditioned, so its noise was measured with other roundings of what it "
+        f"multiplies, too: {' and '.join(found)}"
     )
     return replace(after, figures=replace(figures, notes=(*figures.notes, note)))
 

@@ -1,95 +1,148 @@
 """Monte Carlo arithmetic (Parker 1997): a run in which what is multiplied is moved at random, as roundings move it.
 
 What a model does to its roundings shows when it is run several times, each time with other roundings. Here the operands
-of products, convolutions and normalisations are moved by up to half a unit in the last place where they are used, data
-and weights alike. The weights themselves stay what they are: a model that compares a buffer with a constant, or makes
-an index of it, goes the way it always goes. Moving the weights would send it the other way, and that jump is no noise.
+of products, convolutions and normalisations are moved where they are used, data and weights alike, by about half a unit
+in the last place: in float64 by that, in the dtype itself to a neighbouring number or not at all.
+
+A rounding is no dice: what is exact or equal in a model stays so in every deployment of it, and decisions hang on that.
+A run that moved it would jump, and that jump is no noise. So
+
+* the weights themselves stay what they are: a model may compare a buffer with a constant or make an index of it;
+* small whole numbers stay: masks, counts and selections are exact however they are multiplied;
+* equal numbers move alike: what a number moves by is drawn by hashing it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from reparam.lazy import Lazy, row_blocks
 
-_PRODUCTS = ("linear", "addmm", "addbmm", "baddbmm", "addmv", "addr", "mm", "bmm", "mv", "dot", "matmul")
-_CONVOLUTIONS = ("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
-_NORMALISATIONS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
+_ELEMENTWISE = ("mul", "div")
+_PRODUCTS = (
+    *("linear", "addmm", "addbmm", "baddbmm", "addmv", "addr", "mm", "bmm", "mv", "dot", "vdot", "matmul", "inner"),
+    *("outer", "tensordot", "linalg_vecdot", "_trilinear", "bilinear", "_cdist_forward", "_euclidean_dist"),
+)
+_CONVOLUTIONS = (
+    *("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution", "conv_tbc"),
+    *(f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in (1, 2, 3)),
+)
+_NORMALISATIONS = (
+    *("batch_norm", "layer_norm", "group_norm", "rms_norm", "native_batch_norm", "native_layer_norm"),
+    *("native_group_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_fused_rms_norm"),
+)
 _WHOLE_LAYERS = (
-    "mkldnn_rnn_layer",
-    "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
-    "scaled_dot_product_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
+    *("mkldnn_rnn_layer", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+    *("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
     "_scaled_dot_product_cudnn_attention",
 )
-MOVED = frozenset(
-    (
-        *_PRODUCTS,
-        *_CONVOLUTIONS,
-        *(f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in (1, 2, 3)),
-        *_NORMALISATIONS,
-        *(f"native_{name}" for name in _NORMALISATIONS),
-        "_native_batch_norm_legit_no_training",
-        "cudnn_batch_norm",
-        "_fused_rms_norm",
-        *_WHOLE_LAYERS,
-    )
-)
-"""Names of the ATen operators whose operands move."""
+MOVED = frozenset((*_ELEMENTWISE, *_PRODUCTS, *_CONVOLUTIONS, *_NORMALISATIONS, *_WHOLE_LAYERS))
+"""Names of the ATen operators whose operands move; of a tensor times a number nothing does."""
+_KEPT = 1 << 24
+"""Elements of moved weights that are kept, since a recurrent model reads the same ones at every step."""
+_MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # of SplitMix64 (Steele, Lea, Flood 2014), as signed numbers
 
 
 class MovedOperands(TorchDispatchMode):
-    """Inside, the floating-point operands of the operators in `MOVED` are moved; the same way for the same seed."""
+    """Inside, the floating-point operands of the operators in `MOVED` are moved; the same way for the same seed.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: draws the directions.
+        step: by how many halves of a unit in the last place the largest moves are.
+        weights: tensors that are read time and again; what becomes of them is kept.
+    """
+
+    def __init__(self, seed: int, step: float = 1.0, weights: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
-        self._generator = np.random.default_rng(seed % 2**63)
+        first = torch.Generator().manual_seed(seed)
+        self._key, self._step = int(torch.randint(-(2**62), 2**62, (1,), generator=first)), step
+        self._weights = {_place(tensor): tensor for tensor in weights}
+        self._known: dict[Any, torch.Tensor] = {}
+        self._left = _KEPT
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema = getattr(func, "_schema", None)  # a higher-order operator has none
-        if schema is not None and schema.name.partition("::")[2] in MOVED and not schema.is_mutable:
+        if self._is_moved(func, args):
             args, kwargs = tree_map_only(torch.Tensor, self._moved, (args, kwargs))
         return func(*args, **kwargs)
 
+    @staticmethod
+    def _is_moved(func: Any, args: Any) -> bool:
+        schema = getattr(func, "_schema", None)  # a higher-order operator has none
+        if schema is None or schema.is_mutable:
+            return False
+        name = schema.name.partition("::")[2]
+        if name in _ELEMENTWISE:
+            return func._overloadname == "Tensor" and isinstance(args[1], torch.Tensor) and args[1].dim() > 0
+        return name in MOVED
+
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return moved(tensor, self._generator)
+        place = _place(tensor)
+        if place not in self._weights:
+            return moved(tensor, self._key, self._step)
+        version = 0 if tensor.is_inference() else tensor._version
+        key = (place, version, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        known = self._known.get(key)
+        if known is None:
+            known = moved(tensor, self._key, self._step)
+            if known.numel() <= self._left:
+                self._left -= known.numel()
+                self._known[key] = known
+        return known
 
 
-def moved(tensor: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
-    """Each element moved by up to half a unit in its last place.
+def _place(tensor: torch.Tensor) -> int:
+    """Where the elements of a tensor come from."""
+    return id(tensor.source) if isinstance(tensor, Lazy) else tensor.untyped_storage()._cdata
 
-    Whole numbers up to `eps ** -0.5` stay what they are: masks, counts and selections are exact however they are
-    multiplied, and a comparison of them is no noise either. So does what is not finite, and nothing becomes infinite.
-    Tensors that are not dense or hold no real floating-point numbers are returned unchanged.
+
+def moved(tensor: torch.Tensor, key: int, step: float = 1.0) -> torch.Tensor:
+    """Each element moved by up to `step` halves of a unit in its last place (how, `key` says), rounded to the dtype.
+
+    Whole numbers up to `eps ** -0.5` and what is not finite stay what they are; equal numbers move alike, and opposite
+    ones stay opposite. Nothing becomes infinite. Tensors that are not dense or hold no real floating-point numbers are
+    returned unchanged.
     """
     if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.numel():
         return tensor
     if isinstance(tensor, Lazy):
         tensor = tensor.whole()
     result = torch.empty_like(tensor, memory_format=torch.preserve_format)
-    for rows in row_blocks(tuple(tensor.shape)) if tensor.dim() else (...,):
-        wide = tensor[rows].double()
-        result[rows] = wide + _steps(wide, tensor.dtype, generator)
+    if result.stride() != tensor.stride():  # it overlaps or has gaps
+        tensor, result = tensor.contiguous(), torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    source, target = (one.as_strided((one.numel(),), (1,)) for one in (tensor, result))
+    for block in row_blocks((source.numel(),)):
+        wide = source[block].double()
+        target[block] = wide + step * _half_units(wide, tensor.dtype, key)
     return result
 
 
-def _steps(wide: torch.Tensor, dtype: torch.dtype, generator: np.random.Generator) -> torch.Tensor:
-    """By how much each element moves; in arithmetic throughout, which is several times as fast as choosing."""
+def _half_units(wide: torch.Tensor, dtype: torch.dtype, key: int) -> torch.Tensor:
+    """Up to half a unit in the last place of `dtype`; in arithmetic throughout, which is faster than choosing."""
     info = torch.finfo(dtype)
-    draws = torch.from_numpy(generator.random(tuple(wide.shape), np.float32)).to(wide.device).sub_(0.5)
     size = wide.abs()
     broken = (size.round() - size).abs_()
     too_large = (size - info.eps**-0.5).clamp_min_(0.0)
-    steps = size.clamp_min(info.tiny).mul_(info.eps).mul_(draws).mul_(broken.add_(too_large).sign_())
+    steps = size.clamp_min(info.tiny).mul_(info.eps).mul_(_hashed(size, key)).mul_(broken.add_(too_large).sign_())
     if not float(size.max()) <= info.max / 2:
         steps.masked_fill_(~(size <= info.max / 2), 0.0)
-    return steps
+    return steps.mul_(wide.sign())
+
+
+def _hashed(wide: torch.Tensor, key: int) -> torch.Tensor:
+    """A number between -1/2 and 1/2 for each; equal ones for equal ones."""
+    bits = wide.view(torch.int64) ^ key
+    for multiplier, shift in zip(_MULTIPLIERS, (30, 27), strict=True):
+        bits = (bits ^ _shifted(bits, shift)) * multiplier
+    return ((bits ^ _shifted(bits, 31)) >> 11).double().mul_(2.0**-53)
+
+
+def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """To the right, zeros coming in; torch's own shift repeats the sign."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)

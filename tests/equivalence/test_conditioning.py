@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_what_was_measured_is_told() -> None:
         comparison = verify(original, copy.deepcopy(exact).float(), x, candidate_float64=exact, noise_factor=0.2)
         for case in comparison.cases:
             for note in case.notes:
-                if "moved by half a ULP" in note:
+                if "other roundings of what it multiplies" in note:
                     assert "in float32 (allowed for was " in note or "in float64 (allowed for was " in note
                     return
     pytest.fail("no case was looked at again")
@@ -192,7 +193,7 @@ def test_what_the_look_costs_is_counted_and_the_original_stays_as_it_was() -> No
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     looked = verify(original, candidate, example(), level="quick")
     assert 1.0 < max(output.worst_ratio for output in looked.outputs) < conditioning.MOST_LUCK
-    assert looked.cost >= 3.0 + 1.0 + conditioning.DRAWS
+    assert looked.cost >= 3.0 + 1.0 + 2 * conditioning.DRAWS
     assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 
@@ -315,17 +316,6 @@ def test_a_narrow_deployment_does_not_make_the_original_ill_conditioned() -> Non
         assert not comparison.passed
 
 
-class Decaying(Plain):
-    """A power of a weight: moving that moves the answer 400 times as far, while its roundings hardly add up."""
-
-    def __init__(self, width: int = 12, depth: int = 3) -> None:
-        super().__init__(width, depth)
-        self.decay = nn.Parameter(torch.tensor(0.999))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return super().forward(x) * self.decay**400
-
-
 class Halving(Plain):
     """Its noise is that of a cast inside it, and no amplified rounding."""
 
@@ -333,10 +323,9 @@ class Halving(Plain):
         return super().forward(x.half().to(x.dtype))
 
 
-@pytest.mark.parametrize("kind", sampled([Decaying, Halving], 2))
-def test_both_kinds_of_roundings_must_be_amplified(kind: type[Plain]) -> None:
+def test_a_cast_inside_is_no_amplified_rounding() -> None:
     for seed in range(4):
-        original = of(kind, seed)
+        original = of(Halving, seed)
         for size in (3e-6, 3e-5, 1e-3):
             wrong = copy.deepcopy(original)
             wrong.head.weight.data *= 1.0 + size
@@ -344,8 +333,8 @@ def test_both_kinds_of_roundings_must_be_amplified(kind: type[Plain]) -> None:
             assert not any("ill-conditioned" in note for case in comparison.cases for note in case.notes)
 
 
-class Gated(nn.Module):
-    """Its norm removes a large mean, so it is ill-conditioned; a weight that it compares would jump if it moved."""
+class Removing(nn.Module):
+    """Its norm removes a large mean, so it is ill-conditioned."""
 
     lost: int = 0
 
@@ -355,21 +344,109 @@ class Gated(nn.Module):
         self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 10)
         self.conv.bias.data += 400.0  # type: ignore[union-attr]
         self.norm.running_mean += 400.0  # type: ignore[operator]
-        self.register_buffer("gate", torch.ones(()))
+        self.register_buffer("gate", torch.ones(4))
+        self.register_buffer("places", torch.arange(10.0))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.norm(self.conv(x)).relu().mean((2, 3))
-        offset = float(2**self.lost) * features.detach().abs().max() if self.lost else 0.0
-        logits = self.head((features + offset) - offset)
-        return torch.where((self.gate - 1.0).abs() < 1e-8, logits, 1.01 * logits)
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        values = self.norm(self.conv(x)).relu()
+        offset = float(2**self.lost) * values.detach().abs().max() if self.lost else 0.0
+        return (values + offset) - offset
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.logits(x)
 
 
-def test_a_comparison_of_a_weight_excuses_nothing() -> None:
-    for seed in range(8):
-        original = Gated(seed).eval()
-        candidate = copy.deepcopy(original)
-        candidate.lost = 16
-        assert not verify(original, candidate, torch.randn(1, 3, 12, 12), seed=seed, level="quick").passed
+class Gated(Removing):
+    """A weight is compared, with a tolerance that float64 alone keeps."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.logits(x)
+        return torch.where((self.gate - 1.0).abs().amax() < 1e-8, logits, 1.01 * logits)
+
+
+class GatedByAProduct(Removing):
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.logits(x)
+        return torch.where(self.gate @ self.gate == 4.0, logits, 1.01 * logits)
+
+
+class Selecting(Removing):
+    """Makes an index of a product."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.roll(self.logits(x), int(torch.eye(10)[3].to(self.places) @ self.places), 1)
+
+
+class Eroding(Removing):
+    """Counts pixels by a convolution."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        mask = (x[:, :1] > -1.5).to(x.dtype)
+        inner = (nn.functional.conv2d(mask, torch.ones(1, 1, 3, 3, dtype=x.dtype), padding=1) == 9.0).to(x.dtype)
+        return self.head((self.features(x) * inner).sum((2, 3)) / inner.sum((2, 3)).clamp_min(1.0))
+
+
+class Changing(Removing):
+    """Looks where two images of the same background differ."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        other = x.clone()
+        other[:, :, :2, :2] += 1.0
+        before, after = self.features(x), self.features(other)
+        return self.head((before * (1.0 + 0.1 * (before != after))).mean((2, 3)))
+
+
+class Remembering(Removing):
+    """Answers otherwise at every call."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.calls += 1.0
+        return self.logits(x) * (1.0 + 0.01 * self.calls)
+
+
+class Flipping(Removing):
+    """Any rounding decides which of two ways it goes: equal sums in another order."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        values = x.flatten(1)
+        weights = torch.linspace(0.1, 1.7, values.shape[1], dtype=x.dtype)
+        same = (values * weights).sum(1, keepdim=True) == (values.flip(1) * weights.flip(0)).sum(1, keepdim=True)
+        return torch.where(same, 1.01 * self.logits(x), self.logits(x))
+
+
+DECIDING = [Gated, GatedByAProduct, Selecting, Eroding, Changing, Flipping]
+
+
+@pytest.mark.parametrize("kind", [*DECIDING, Remembering])
+def test_decisions_excuse_nothing(kind: type[Removing]) -> None:
+    """A jump is no noise: neither a scaled answer, nor a wrong weight, nor lost bits pass for its sake."""
+    for seed in range(4):
+        original, x = kind(seed).eval(), torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+        wrong, poor, other = (copy.deepcopy(original) for _ in range(3))
+        wrong.conv.weight.data[0, 0, 1, 1] *= 1.0 + 1e-6
+        poor.lost = 18
+
+        def scaled(x: torch.Tensor, original: nn.Module = other) -> Any:
+            return 1.01 * original(x)
+
+        for candidate in (scaled, wrong, poor):
+            assert not verify(original, candidate, x, seed=seed, level="quick").passed
+
+
+def test_without_a_decision_that_original_is_ill_conditioned() -> None:
+    """So the tests above ask what they say."""
+    original = Removing(0).eval()
+    candidate = copy.deepcopy(original)
+    candidate.lost = 18
+    comparison = verify(original, candidate, torch.randn(1, 3, 12, 12), level="quick")
+    assert any("ill-conditioned" in note for case in comparison.cases for note in case.notes)
 
 
 class Sawing(Chaotic):
@@ -419,6 +496,24 @@ def test_noise_that_cannot_grow_excuses_no_more_than_it_is() -> None:
         assert not verify(original, poor, x, seed=seed, level="quick").passed
 
 
+@pytest.mark.parametrize(
+    ("seen", "wide", "expected"), [(50.0, 500.0, True), (5.0, 500.0, False), (50.0, 50.0, False), (50.0, 0.0, False)]
+)
+def test_roundings_must_be_amplified_in_float64_and_as_seen(seen: float, wide: float, expected: bool) -> None:
+    truth = torch.linspace(1.0, 2.0, 64, dtype=torch.float64)
+    (measured,), _ = measure(Runs(*map(flatten, (truth, truth.float(), truth.float()))), Rules())
+    noise = spread(truth * wide * torch.finfo(torch.float64).eps / measured.unit)
+    found = conditioning._is_ill_conditioned(replace(measured, amplified=seen), [noise])
+    assert found is expected
+
+
+@pytest.mark.parametrize(("further", "expected"), [(1.0, False), (8.0, False), (300.0, True), (2e5, False)])
+def test_what_jumps_is_as_far_away_by_any_step(further: float, expected: bool) -> None:
+    found, more = ([spread(torch.full((4,), size))] * 5 for size in (1e-9, 1e-9 * further))
+    assert conditioning._grows(found, more, 2.0**8) is expected
+    assert not conditioning._grows(found, [], 2.0**8)
+
+
 @pytest.mark.parametrize(("noise", "tells"), [(0.01, False), (0.2, False), (0.5, True)])
 def test_float32_tells_what_half_precision_amplifies_where_that_is_at_its_ceiling(noise: float, tells: bool) -> None:
     """Not of an output beside one that is: each has its own noise."""
@@ -464,7 +559,7 @@ def test_several_noises_together_are_their_root_mean_square() -> None:
 
 @pytest.mark.slow
 def test_deployed_runs_that_are_all_small_by_luck_do_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at = failing(Chaotic, 0.2)
+    looked_at = failing(Chaotic, 0.1)
     monkeypatch.setattr(conditioning, "CERTAIN", 0.0)
-    largest_alone = failing(Chaotic, 0.2)
+    largest_alone = failing(Chaotic, 0.1)
     assert looked_at.keys() < largest_alone.keys()
