@@ -131,7 +131,7 @@ def test_noise_in_float32_that_cannot_grow_bounds_that_in_float64_no_more() -> N
     assert len(looked_at) <= len(alone) // 4
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e-2])
+@pytest.mark.parametrize("size", sampled([1e-3, 1e-2], 2))
 def test_a_fault_beyond_that_noise_is_found(size: float) -> None:
     """Of the last weights, so that nothing amplifies it."""
     for seed in SEEDS:
@@ -225,54 +225,6 @@ def test_a_model_without_weights_can_be_looked_at() -> None:
             return (x + 512.0).sum((2, 3)) - 512.0 * x.shape[2] * x.shape[3]
 
     assert not verify(Sum(), Poor(), example(), level="quick").passed
-
-
-class Shifted(Plain):
-    """Reads one of its buffers as a number of places: it jumps, however little that moves."""
-
-    def __init__(self, width: int = 12, depth: int = 3) -> None:
-        super().__init__(width, depth)
-        self.register_buffer("shift", torch.tensor(3.0))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return torch.roll(super().forward(x), int(self.shift), 1)
-
-
-class Masked(Plain):
-    """Compares a buffer with 1."""
-
-    def __init__(self, width: int = 12, depth: int = 3) -> None:
-        super().__init__(width, depth)
-        self.register_buffer("kept", torch.ones(10))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return torch.where(self.kept == 1, super().forward(x), 0.0)
-
-
-class Counting(Plain):
-    """Answers otherwise at every call."""
-
-    def __init__(self, width: int = 12, depth: int = 3) -> None:
-        super().__init__(width, depth)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        self.calls += 1.0
-        return super().forward(x) * self.calls
-
-
-@pytest.mark.parametrize("kind", sampled([Masked, Shifted, Counting], 3))
-def test_what_jumps_or_remembers_excuses_nothing(kind: type[Plain]) -> None:
-    """Faults of a few times what is allowed, on every level of input."""
-    for seed in range(4):
-        original = of(kind, seed)
-        for size in (3e-6, 1e-5):
-            wrong = copy.deepcopy(original)
-            wrong.head.weight.data *= 1.0 + size
-            comparison = verify(original, wrong, example(seed=seed), seed=seed)
-            without = without_the_look(lambda a, b, at: verify(a, b, example(seed=at), seed=at), original, wrong, seed)
-            assert [case.status for case in comparison.cases] == [case.status for case in without.cases]
-            assert not any("ill-conditioned" in note for case in comparison.cases for note in case.notes)
 
 
 def test_it_is_the_input_that_failed_that_is_looked_at() -> None:
@@ -421,10 +373,9 @@ class Flipping(Removing):
         return torch.where(same, 1.01 * self.logits(x), self.logits(x))
 
 
-DECIDING = [Gated, GatedByAProduct, Selecting, Eroding, Changing, Flipping]
-
-
-@pytest.mark.parametrize("kind", [*DECIDING, Remembering])
+@pytest.mark.parametrize(
+    "kind", sampled([GatedByAProduct, Gated, Selecting, Changing, Eroding, Flipping, Remembering], 3)
+)
 def test_decisions_excuse_nothing(kind: type[Removing]) -> None:
     """A jump is no noise: neither a scaled answer, nor a wrong weight, nor lost bits pass for its sake."""
     for seed in range(4):
@@ -479,7 +430,7 @@ class Losing(Sawing):
 
 def test_noise_that_cannot_grow_excuses_no_more_than_it_is() -> None:
     """In float64 it grows as fast as in a model whose answers are noise; float32 shows that it stays a thousandth."""
-    for seed in SEEDS:
+    for seed in range(6):
         original, poor = of(Sawing, seed), of(Losing, seed)
         x = example(seed=seed, batch=1)
 
