@@ -39,7 +39,7 @@ from reparam.equivalence.measured import Measured
 from reparam.equivalence.metrics import relative
 from reparam.equivalence.montecarlo import MovedOperands
 from reparam.equivalence.outputs import Flat, identical
-from reparam.equivalence.precision import PrivateCopy, named_tensors
+from reparam.equivalence.precision import PrivateCopy, first_line, named_tensors
 from reparam.equivalence.session import Session
 
 DRAWS, DEPLOYED_DRAWS = 5, 20
@@ -132,7 +132,8 @@ def _looked_at(
         narrow: Noises = {}
         if deployed is not None and session.rules.dtype != torch.float64:
             narrow = _noises(session, PrivateCopy(deployed, "original"), None, ran, case, truth, DEPLOYED_DRAWS)
-    except Exception:  # operators that cannot be watched, outputs that cannot be compared: nothing is known then
+    except Exception as error:  # operators that cannot be watched, outputs that cannot be compared
+        session.notes.append(f"{case.name}: the original's noise could not be measured anew ({first_line(error)})")
         return ran
     measured = [_with(one, narrow, wide) if one.figures.name in ill else one for one in ran.measured]
     return replace(ran, measured=tuple(measured))
