@@ -10,8 +10,8 @@ It excuses little, and nothing by mistake:
 
 * It depends on the original only; a candidate cannot excuse itself.
 * The original must repeat its answer when it is run anew, or its noise is not what was measured.
-* What is exact or equal in it stays so, and where its answer jumps all the same it does so by any step: in float64 the
-  answer must move little (`LOUDEST`), and in proportion to the step.
+* What is exact or equal in it stays so where it is multiplied. Where its answer jumps all the same it does so by any
+  step: in float64 it must move in proportion to the step, and counts as far as it does (`CERTAIN`).
 * It must amplify roundings: those in float64 `ILL_CONDITIONED` times, and those that it was seen to make
   `SEEN_AT_LEAST` times (in half precision, where noise as large as the answers cannot grow, those that float32 makes);
   of a well-conditioned original the first verdict stands.
@@ -44,10 +44,13 @@ from reparam.equivalence.session import Session
 
 DRAWS, DEPLOYED_DRAWS = 5, 20
 """How often the original is run with moved operands in float64, for each step, and as it is deployed."""
-LONGEST, SHORTEST = 2.0**10, 2.0**6
+LONGEST, SHORTEST, FURTHEST = 2.0**10, 2.0**6, 1e-2
 """The step, in halves of a unit in the last place, that tells jumps in float64 from what moves in proportion: as long
-as may be, but the answer must not leave the range in which it does (`LOUDEST`). One shorter than the second tells
-nothing, as the RMS of a few draws varies by a factor of four; the answers must differ by its root at least."""
+as may be, but by so much of itself the answer must move at most, or it leaves the range in which it does. One shorter
+than the second tells nothing."""
+PROPORTION = 2.0 / 3.0
+"""By the step to this power the answer must move further, at least. The RMS of so few draws varies by a factor of
+four."""
 CERTAIN = 2.5
 """How many times the RMS of the deployed runs their noise is, at least; the largest of them counts where that is more.
 Where one direction dominates, the noise of a run is a single normal number however many outputs it moves. Such a one is
@@ -68,7 +71,7 @@ What float64 lets expect bounds what is excused."""
 MOST_LUCK = 32.0
 """How many times smaller than the noise in float64 a sample of it may have been."""
 LOUDEST = 1e-4
-"""Up to what part of the answer the noise in float64 is believed. Where that in float32 cannot grow any more, no other
+"""Up to what part of the answer the noise in float64 is believed where that in float32 cannot grow any more, so that no
 bound follows from it: a third of the answer is noise in float32 whether roundings are amplified a million times or a
 thousand million times."""
 Noises: TypeAlias = "dict[str, list[Spread]]"
@@ -140,27 +143,34 @@ def _looked_at(
 
 
 def _in_proportion(session: Session, exact: PrivateCopy, ran: Ran, case: Case, truth: Flat) -> Noises:
-    """The noises in float64 of the outputs that do not jump."""
+    """The noises in float64 of the outputs that are seen to move in proportion to the step."""
     found = _noises(session, exact, torch.float64, ran, case, truth, DRAWS)
     moves = {
         one.figures.name: relative(_rms(found[one.figures.name]), one.truth.rms)
         for one in ran.measured
         if one.truth is not None and one.figures.name in found
     }
-    loud = {one.figures.name for one in ran.measured if _is_at_its_ceiling(one)}
-    believed = {name for name, move in moves.items() if move <= LOUDEST or name in loud}
-    longest = {name: min(LONGEST, relative(LOUDEST, moves[name])) for name in believed if moves[name] > 0.0}
-    told = {name for name, step in longest.items() if step >= SHORTEST}
-    if told:
-        step = min(longest[name] for name in told)
-        further = _noises(session, exact, torch.float64, ran, case, truth, DRAWS, step)
-        believed -= {name for name in told if not _grows(found[name], further.get(name, []), step)}
-    return {name: noises for name, noises in found.items() if name in believed}
+    longest = {name: min(LONGEST, FURTHEST / move) for name, move in moves.items() if move > 0.0}
+    step = min((step for step in longest.values() if step >= SHORTEST), default=0.0)
+    if not step:
+        return {}
+    further = _noises(session, exact, torch.float64, ran, case, truth, DRAWS, step)
+    return {
+        name: _without_jumps(found[name], further[name], step)
+        for name in further
+        if longest.get(name, 0.0) >= SHORTEST and _grows(found[name], further[name], step)
+    }
 
 
 def _grows(found: Sequence[Spread], further: Sequence[Spread], step: float) -> bool:
     """Whether the answer moves by about as many times more as the operands do, and not as far by any step."""
-    return bool(further) and step**0.5 <= _rms(further) / _rms(found) <= step**1.5
+    return math.pow(step, PROPORTION) <= _rms(further) / _rms(found) <= math.pow(step, 1.0 / PROPORTION)
+
+
+def _without_jumps(found: Sequence[Spread], further: Sequence[Spread], step: float) -> list[Spread]:
+    """The noises, no larger than the longer step lets expect: in that a jump is nothing."""
+    most = CERTAIN * _rms(further) / step
+    return [noise.scaled(min(1.0, relative(most, noise.rms))) for noise in found]
 
 
 def _rms(noises: Sequence[Spread]) -> float:

@@ -8,12 +8,16 @@ A rounding is no dice: what is exact or equal in a model stays so in every deplo
 A run that moved it would jump, and that jump is no noise. So
 
 * the weights themselves stay what they are: a model may compare a buffer with a constant or make an index of it;
-* small whole numbers stay: masks, counts and selections are exact however they are multiplied;
-* equal numbers move alike: what a number moves by is drawn by hashing it.
+* numbers of few significant bits stay: masks, counts, selections and their halves are exact whatever multiplies them;
+* equal numbers move alike: what a number moves by is drawn by hashing it. So do those that differ by a power of two,
+  and opposite ones stay opposite.
+
+Sums are not varied, nor what a number multiplies: what they round is next to nothing beside what products do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +48,8 @@ _WHOLE_LAYERS = (
 )
 MOVED = frozenset((*_ELEMENTWISE, *_PRODUCTS, *_CONVOLUTIONS, *_NORMALISATIONS, *_WHOLE_LAYERS))
 """Names of the ATen operators whose operands move; of a tensor times a number nothing does."""
+_MANTISSA = (1 << 52) - 1
+"""The bits of a float64 after the first significant one."""
 _KEPT = 1 << 24
 """Elements of moved weights that are kept, since a recurrent model reads the same ones at every step."""
 _MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # of SplitMix64 (Steele, Lea, Flood 2014), as signed numbers
@@ -105,11 +111,10 @@ def _place(tensor: torch.Tensor) -> int:
 def moved(tensor: torch.Tensor, key: int, step: float = 1.0) -> torch.Tensor:
     """Each element moved by up to `step` halves of a unit in its last place (how, `key` says), rounded to the dtype.
 
-    Whole numbers up to `eps ** -0.5` and what is not finite stay what they are; equal numbers move alike, and opposite
-    ones stay opposite. Nothing becomes infinite. Tensors that are not dense or hold no real floating-point numbers are
-    returned unchanged.
+    Numbers of few significant bits (`_few_bits`) and what is not finite stay what they are, and nothing becomes
+    infinite. Tensors that are not dense or hold no real floating-point numbers are returned unchanged.
     """
-    if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.numel():
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
         return tensor
     if isinstance(tensor, Lazy):
         tensor = tensor.whole()
@@ -127,17 +132,22 @@ def _half_units(wide: torch.Tensor, dtype: torch.dtype, key: int) -> torch.Tenso
     """Up to half a unit in the last place of `dtype`; in arithmetic throughout, which is faster than choosing."""
     info = torch.finfo(dtype)
     size = wide.abs()
-    broken = (size.round() - size).abs_()
-    too_large = (size - info.eps**-0.5).clamp_min_(0.0)
-    steps = size.clamp_min(info.tiny).mul_(info.eps).mul_(_hashed(size, key)).mul_(broken.add_(too_large).sign_())
+    mantissa = wide.view(torch.int64) & _MANTISSA
+    is_moved = (mantissa & (_MANTISSA >> _few_bits(dtype))).clamp_max_(1)
+    steps = size.clamp_min(info.tiny).mul_(info.eps).mul_(_hashed(mantissa, key)).mul_(is_moved)
     if not float(size.max()) <= info.max / 2:
         steps.masked_fill_(~(size <= info.max / 2), 0.0)
     return steps.mul_(wide.sign())
 
 
-def _hashed(wide: torch.Tensor, key: int) -> torch.Tensor:
+def _few_bits(dtype: torch.dtype) -> int:
+    """So many bits after the first are exact: half of those of `dtype`, in float64 fewer than a float32 has."""
+    return min(19, round(-math.log2(torch.finfo(dtype).eps)) // 2)
+
+
+def _hashed(bits: torch.Tensor, key: int) -> torch.Tensor:
     """A number between -1/2 and 1/2 for each; equal ones for equal ones."""
-    bits = wide.view(torch.int64) ^ key
+    bits = bits ^ key
     for multiplier, shift in zip(_MULTIPLIERS, (30, 27), strict=True):
         bits = (bits ^ _shifted(bits, shift)) * multiplier
     return ((bits ^ _shifted(bits, 31)) >> 11).double().mul_(2.0**-53)

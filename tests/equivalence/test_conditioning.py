@@ -346,6 +346,50 @@ class Changing(Removing):
         return self.head((before * (1.0 + 0.1 * (before != after))).mean((2, 3)))
 
 
+class Doubling(Removing):
+    """Adds what is nothing in every deployment: a layer of the doubled image, halved, less that of the image itself."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        def of(image: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv2d(image, self.conv.weight).relu().mean((2, 3))
+
+        return self.head(self.features(x).mean((2, 3)) + 1e5 * (of(x) - 0.5 * of(2.0 * x)))
+
+
+class Blurring(Removing):
+    """Adds what is nothing for pixels of eight bits: how far a blur of flat rows differs from them."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        flat = (x[..., :1] * 64.0).round().expand_as(x) / 256.0
+        kernel = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype).reshape(1, 1, 1, 3).repeat(3, 1, 1, 1)
+        padded = nn.functional.pad(flat, (1, 1, 0, 0), mode="replicate")
+        rest = (flat - nn.functional.conv2d(padded, kernel, groups=3)).abs().mean()
+        return self.head(self.features(x).mean((2, 3)) + 1e4 * rest)
+
+
+class Masking(Removing):
+    """Compares a product of halves, and by it changes the answer by little."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        mask = (x[:, :1] > -1.5).to(x.dtype) * 0.5
+        inner = nn.functional.conv2d(mask, torch.full((1, 1, 3, 3), 1.25, dtype=x.dtype), padding=1)
+        return self.logits(x) * (1.0 + 2e-5 * (inner == 5.625).to(x.dtype).mean())
+
+
+class TremblingBeside(Removing):
+    """The first number of its answer is noise in float32; the others hang on a comparison that roundings decide."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        value = self.features(x).mean((1, 2, 3))[:, None]
+        for _ in range(8):
+            value = torch.sin(5.5 * value)
+        values = x.flatten(1)
+        weights = torch.linspace(0.1, 1.7, values.shape[1], dtype=x.dtype)
+        same = (values * weights).sum(1, keepdim=True) == (values.flip(1) * weights.flip(0)).sum(1, keepdim=True)
+        logits = torch.where(same, 1.01 * self.logits(x), self.logits(x))
+        return torch.cat([2.0 * torch.sin(3e3 * value), logits[:, 1:]], 1)
+
+
 class Remembering(Removing):
     """Answers otherwise at every call."""
 
@@ -369,7 +413,10 @@ class Flipping(Removing):
 
 
 @pytest.mark.parametrize(
-    "kind", sampled([GatedByAProduct, Gated, Selecting, Changing, Eroding, Flipping, Remembering], 3)
+    "kind",
+    sampled(
+        [GatedByAProduct, Gated, Selecting, Changing, Eroding, Flipping, Remembering, Doubling, Blurring, Masking], 3
+    ),
 )
 def test_decisions_excuse_nothing(kind: type[Removing]) -> None:
     """A jump is no noise: neither a scaled answer, nor a wrong weight, nor lost bits pass for its sake."""
@@ -384,6 +431,18 @@ def test_decisions_excuse_nothing(kind: type[Removing]) -> None:
 
         for candidate in (scaled, wrong, poor):
             assert not verify(original, candidate, x, seed=seed, level="quick").passed
+
+
+def test_a_jump_beside_noise_excuses_nothing() -> None:
+    for seed in range(4):
+        original = TremblingBeside(seed).eval()
+        x = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+        wrong = copy.deepcopy(original).double()
+        wrong.head.weight.data[1:] *= 1.0 + 3e-4
+        wrong.head.bias.data[1:] *= 1.0 + 3e-4
+        for exact in (wrong, None):
+            rounded = copy.deepcopy(wrong).float()
+            assert not verify(original, rounded, x, candidate_float64=exact, seed=seed, level="quick").passed
 
 
 def test_without_a_decision_that_original_is_ill_conditioned() -> None:
@@ -457,7 +516,14 @@ def test_roundings_must_be_amplified_in_float64_and_as_seen(seen: float, wide: f
 def test_what_jumps_is_as_far_away_by_any_step(further: float, expected: bool) -> None:
     found, more = ([spread(torch.full((4,), size))] * 5 for size in (1e-9, 1e-9 * further))
     assert conditioning._grows(found, more, 2.0**8) is expected
-    assert not conditioning._grows(found, [], 2.0**8)
+
+
+def test_noise_counts_as_far_as_a_longer_step_lets_expect() -> None:
+    """A jump of ten times the noise, which is nothing beside what the longer step shows."""
+    found = [spread(torch.full((4,), size)) for size in (1e-9, 2e-9, 1e-8)]
+    further = [spread(torch.full((4,), 1e-9 * 2.0**8))] * 3
+    left = [noise.rms for noise in conditioning._without_jumps(found, further, 2.0**8)]
+    assert left == pytest.approx([1e-9, 2e-9, 2.5e-9])
 
 
 @pytest.mark.parametrize(("noise", "tells"), [(0.01, False), (0.2, False), (0.5, True)])

@@ -172,6 +172,23 @@ def test_selections_and_counts_stay_exact() -> None:
             assert torch.equal(answers(Counting(), x, seed=seed), Counting()(x))
 
 
+def test_numbers_that_differ_by_a_power_of_two_move_alike() -> None:
+    tensor = torch.randn(1000, generator=generator())
+    assert torch.equal(moved(4.0 * tensor, KEY), 4.0 * moved(tensor, KEY))
+    assert torch.equal(moved(0.5 * tensor, KEY), 0.5 * moved(tensor, KEY))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_nested_tensors_are_left_alone() -> None:
+    layer = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1, enable_nested_tensor=True
+    ).eval()
+    x, padding = torch.rand(2, 4, 8, generator=generator()), torch.zeros(2, 4, dtype=torch.bool)
+    padding[0, 2:] = True
+    with torch.no_grad(), MovedOperands(0):
+        assert layer(x, src_key_padding_mask=padding).isfinite().all()
+
+
 def test_large_whole_numbers_move() -> None:
     """In bfloat16 everything from 128 on is a whole number."""
     tensor = torch.arange(200.0, 250.0, dtype=torch.bfloat16)
