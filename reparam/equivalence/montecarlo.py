@@ -68,7 +68,7 @@ class MovedOperands(TorchDispatchMode):
         super().__init__()
         first = torch.Generator().manual_seed(seed)
         self._key, self._step = int(torch.randint(-(2**62), 2**62, (1,), generator=first)), step
-        self._weights = {_place(tensor): tensor for tensor in weights}
+        self._weights = {_place(tensor): tensor for tensor in weights if _is_dense(tensor)}
         self._known: dict[Any, torch.Tensor] = {}
         self._left = _KEPT
 
@@ -89,6 +89,8 @@ class MovedOperands(TorchDispatchMode):
         return name in MOVED
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not _is_dense(tensor):
+            return tensor
         place = _place(tensor)
         if place not in self._weights:
             return moved(tensor, self._key, self._step)
@@ -103,6 +105,11 @@ class MovedOperands(TorchDispatchMode):
         return known
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it holds real floating-point numbers in one storage."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
+
+
 def _place(tensor: torch.Tensor) -> int:
     """Where the elements of a tensor come from."""
     return id(tensor.source) if isinstance(tensor, Lazy) else tensor.untyped_storage()._cdata
@@ -114,7 +121,7 @@ def moved(tensor: torch.Tensor, key: int, step: float = 1.0) -> torch.Tensor:
     Numbers of few significant bits (`_few_bits`) and what is not finite stay what they are, and nothing becomes
     infinite. Tensors that are not dense or hold no real floating-point numbers are returned unchanged.
     """
-    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
+    if not _is_dense(tensor) or not tensor.numel():
         return tensor
     if isinstance(tensor, Lazy):
         tensor = tensor.whole()

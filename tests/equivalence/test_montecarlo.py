@@ -189,6 +189,15 @@ def test_nested_tensors_are_left_alone() -> None:
         assert layer(x, src_key_padding_mask=padding).isfinite().all()
 
 
+def test_sparse_factors_are_left_alone_and_dense_ones_move() -> None:
+    dense = torch.rand(8, 8, generator=generator())
+    factor, x = dense.to_sparse(), torch.rand(8, 3, generator=generator())
+    with MovedOperands(0, weights=[factor, x]):
+        found = torch.mm(factor, x)
+    assert torch.allclose(found, dense @ x)
+    assert not torch.equal(found, torch.mm(factor, x))
+
+
 def test_large_whole_numbers_move() -> None:
     """In bfloat16 everything from 128 on is a whole number."""
     tensor = torch.arange(200.0, 250.0, dtype=torch.bfloat16)
