@@ -128,8 +128,8 @@ def _looked_at(
         exact = PrivateCopy(original, "original", torch.float64)
         if not identical(session.call(exact, case, torch.float64), truth):
             return ran
-        wide = _in_proportion(session, exact, ran, case, truth)
-        ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, wide.get(one.figures.name, []))}
+        found, wide = _in_proportion(session, exact, ran, case, truth)
+        ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, found.get(one.figures.name, []))}
         if not ill:
             return ran
         narrow: Noises = {}
@@ -142,8 +142,11 @@ def _looked_at(
     return replace(ran, measured=tuple(measured))
 
 
-def _in_proportion(session: Session, exact: PrivateCopy, ran: Ran, case: Case, truth: Flat) -> Noises:
-    """The noises in float64 of the outputs that are seen to move in proportion to the step."""
+def _in_proportion(session: Session, exact: PrivateCopy, ran: Ran, case: Case, truth: Flat) -> tuple[Noises, Noises]:
+    """The noises in float64 of the outputs that are seen to move in proportion to the step; and what of them counts.
+
+    Those tell how much the roundings of all operations are amplified, of which the operands that move are a part.
+    """
     found = _noises(session, exact, torch.float64, ran, case, truth, DRAWS)
     moves = {
         one.figures.name: relative(_rms(found[one.figures.name]), one.truth.rms)
@@ -153,13 +156,14 @@ def _in_proportion(session: Session, exact: PrivateCopy, ran: Ran, case: Case, t
     longest = {name: min(LONGEST, FURTHEST / move) for name, move in moves.items() if move > 0.0}
     step = min((step for step in longest.values() if step >= SHORTEST), default=0.0)
     if not step:
-        return {}
+        return {}, {}
     further = _noises(session, exact, torch.float64, ran, case, truth, DRAWS, step)
-    return {
-        name: _without_jumps(found[name], further[name], step)
+    seen = {
+        name: found[name]
         for name in further
         if longest.get(name, 0.0) >= SHORTEST and _grows(found[name], further[name], step)
     }
+    return seen, {name: _without_jumps(noises, further[name], step) for name, noises in seen.items()}
 
 
 def _grows(found: Sequence[Spread], further: Sequence[Spread], step: float) -> bool:
