@@ -6,7 +6,7 @@ noise no longer grows in proportion. So before such a case is held against a can
 the operands of its products moved as other roundings would move them (`montecarlo.py`), in float64 and as it is
 deployed. What that does to its answer is noise that no deployment of it can avoid.
 
-It excuses little, and nothing by mistake:
+What it excuses is bounded:
 
 * It depends on the original only; a candidate cannot excuse itself.
 * The original must repeat its answer when it is run anew, or its noise is not what was measured.

@@ -12,7 +12,7 @@ A run that moved it would jump, and that jump is no noise. So
 * equal numbers move alike: what a number moves by is drawn by hashing it. So do those that differ by a power of two,
   and opposite ones stay opposite.
 
-Sums are not varied, nor what a number multiplies: what they round is next to nothing beside what products do.
+Sums are not varied, nor what a number multiplies; they round what reaches them.
 """
 
 from __future__ import annotations
