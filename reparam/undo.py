@@ -104,7 +104,12 @@ class _Search(Generic[Made]):
             self.tell("undoing all further rewrites")
             self.most = self.right
             return [Undone(one, _failure(current.comparison)) for one in current.ledger.made[self.right :]]
-        return self._by_standing(current) or ([] if current.passed else self._by_bisection(current))
+        return self._by_standing(current) or ([] if self._is_untold(current) else self._by_bisection(current))
+
+    @staticmethod
+    def _is_untold(current: Attempt[Made]) -> bool:
+        """Whether bisection has nothing to follow: it passes, or fails for no difference that was found."""
+        return current.passed or current.comparison is None or current.comparison.lacks_evidence
 
     def made_without(self, found: list[Undone]) -> Attempt[Made] | None:
         """The model without what was found, too; None if it cannot be made."""

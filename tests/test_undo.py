@@ -188,6 +188,32 @@ def test_a_fault_that_only_other_inputs_show_is_found_by_bisection() -> None:
     assert result.report.comparison.passed
 
 
+class Lost(Net):
+    """So chaotic that roundings in float64 change its answers visibly."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        value = y.mean(1, keepdim=True)
+        for _ in range(12):
+            value = torch.sin(5.0 * value + 0.3)
+        return y * (1.0 + 3.0 * torch.sin(1e8 * value))
+
+
+def test_no_rewrite_is_blamed_for_what_roundings_alone_do() -> None:
+    for seed in (2, 3, 4):
+        told: list[str] = []
+        with pytest.raises(reparam.NotEquivalentError) as caught:
+            reparam.fuse(randomised(Lost(), seed), example(seed), progress=told.append)
+        report = caught.value.report
+        assert report is not None
+        assert report.comparison is not None
+        assert report.comparison.lacks_evidence
+        assert report.undone == ()
+        assert "other roundings alone change the original's own there" in str(caught.value)
+        assert "please report" not in str(caught.value)
+        assert told.count("verifying") == 1
+
+
 class Pair:
     """A pass with rewrites that are right alone and wrong together, or that come back under another name."""
 

@@ -48,6 +48,7 @@ class OutputComparison:
         tolerance: smallest t with |candidate - original| <= t + t * |original| everywhere, both as deployed.
         worst_index: index of the element with the largest absolute error.
         worst_location: whether that lies at a border of the dims behind batch and channel.
+        untold: why nothing can be told, though the float64 difference is above its bar; empty if something can.
         failures: sentences; empty if the output passed.
         notes: sentences that are not failures.
     """
@@ -78,6 +79,7 @@ class OutputComparison:
     tolerance: float = 0.0
     worst_index: tuple[int, ...] = ()
     worst_location: Location = "no spatial dims"
+    untold: str = ""
     failures: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -16,12 +16,16 @@ What it excuses is bounded:
   `SEEN_AT_LEAST` times (in half precision, where noise as large as the answers cannot grow, those that float32 makes);
   of a well-conditioned original the first verdict stands.
 * What its deployment shows counts as far as float64 lets expect it (`AS_EXPECTED`).
+* What does not count, as of an original so chaotic that its answer leaves the range in which it moves in proportion,
+  excuses nothing; but where it is as large as what the candidate is wrong by, nothing can be told (`untold`), and no
+  rewrite is blamed.
 * Its noise is raised only in the case that failed, at most `NEAR` times; that in float64, which nothing else bounds,
   `MOST_LUCK` times, or where float32 cannot tell it, to `LOUDEST` of the answer.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -128,8 +132,10 @@ def _looked_at(
         exact = PrivateCopy(original, "original", torch.float64)
         if not identical(session.call(exact, case, torch.float64), truth):
             return ran
-        found, wide = _in_proportion(session, exact, ran, case, truth)
-        ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, found.get(one.figures.name, []))}
+        found = _noises(session, exact, torch.float64, ran, case, truth, DRAWS)
+        ran = replace(ran, measured=tuple(_with_most(one, found.get(one.figures.name, [])) for one in ran.measured))
+        seen, wide = _in_proportion(session, exact, ran, case, truth, found)
+        ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, seen.get(one.figures.name, []))}
         if not ill:
             return ran
         narrow: Noises = {}
@@ -142,12 +148,17 @@ def _looked_at(
     return replace(ran, measured=tuple(measured))
 
 
-def _in_proportion(session: Session, exact: PrivateCopy, ran: Ran, case: Case, truth: Flat) -> tuple[Noises, Noises]:
-    """The noises in float64 of the outputs that are seen to move in proportion to the step; and what of them counts.
+def _with_most(one: Measured, noises: Sequence[Spread]) -> Measured:
+    return replace(one, at_most=functools.reduce(Spread.larger, noises)) if noises else one
+
+
+def _in_proportion(
+    session: Session, exact: PrivateCopy, ran: Ran, case: Case, truth: Flat, found: Noises
+) -> tuple[Noises, Noises]:
+    """Of `found` in float64, those of the outputs that move in proportion to the step; and what of them counts.
 
     Those tell how much the roundings of all operations are amplified, of which the operands that move are a part.
     """
-    found = _noises(session, exact, torch.float64, ran, case, truth, DRAWS)
     moves = {
         one.figures.name: relative(_rms(found[one.figures.name]), one.truth.rms)
         for one in ran.measured

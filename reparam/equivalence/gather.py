@@ -94,7 +94,10 @@ def _judged(ran: Ran, rules: Rules, typical: dict[str, float]) -> CaseResult:
     hopeless = [output.name for output in outputs if output.numeric_ratio is not None and _hopeless(output)]
     notes += tuple(f"{name}: the original's own rounding noise is too large to tell anything from" for name in hopeless)
     without = (
-        any(one.shared_nonfinite for one in ran.measured) or bool(hopeless) or not any(o.elements for o in outputs)
+        any(one.shared_nonfinite for one in ran.measured)
+        or bool(hopeless)
+        or any(output.untold for output in outputs)
+        or not any(o.elements for o in outputs)
     )
     status = "failed" if failures else "no evidence" if without else "passed"
     return replace(ran.result, status=status, outputs=outputs, failures=failures, notes=notes)  # type: ignore[arg-type]
@@ -110,6 +113,9 @@ def _lack_of_evidence(run: Sequence[CaseResult], outputs: Sequence[OutputCompari
         overflow = any("the original itself overflows" in note for case in run for note in case.notes)
         why = " (the original itself overflows: give it smaller inputs, or a wider dtype)" if overflow else ""
         return (f"nothing finite was compared, so nothing is known{why}",)
+    untold = [f"{case.name}: {output.untold}" for case in run for output in case.outputs if output.untold]
+    if untold:
+        return tuple(untold)
     drowned = [output.name for output in run[0].outputs if output.numeric_ratio is not None and _hopeless(output)]
     if drowned:
         return (

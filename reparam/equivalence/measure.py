@@ -125,7 +125,9 @@ def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputCom
     if truth is not None and measured.algebra is not None:
         tolerance = rules.algebra_tolerance
         algebra = _judged(measured, measured.algebra, rules.noise_factor, tolerance, by_peers=True)
-        if not algebra.passed:
+        untold = "" if algebra.passed or failures else _untold(measured, rules)
+        figures = replace(figures, untold=untold)
+        if not algebra.passed and not untold:
             failures.append(
                 f"{figures.name}: the float64 results differ by {figures.algebra_error or 0.0:.2g}, "
                 f"{algebra.ratio:.3g} times what is allowed, at {algebra.where}; "
@@ -136,6 +138,23 @@ def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputCom
         numeric_ratio=None if numeric is None else numeric.ratio,
         algebra_ratio=None if algebra is None else algebra.ratio,
         failures=tuple(failures),
+    )
+
+
+def _untold(measured: Measured, rules: Rules) -> str:
+    """Says so if other roundings change the original's answer in float64 as much as the candidate differs from it."""
+    assert measured.truth is not None
+    assert measured.algebra is not None
+    if measured.at_most is None:
+        return ""
+    error, known = measured.algebra
+    most = known.larger(measured.at_most.scaled(FOLD_ROUNDINGS))
+    if not _judged(measured, (error, most), rules.noise_factor, rules.algebra_tolerance, by_peers=True).passed:
+        return ""
+    own, differs = (metrics.relative(one.rms, measured.truth.rms) for one in (measured.at_most, error))
+    return (
+        f"{measured.figures.name}: the float64 results differ by {differs:.2g} (RMS), and other roundings alone change "
+        f"the original's own there by up to {own:.2g}, so nothing can be told"
     )
 
 

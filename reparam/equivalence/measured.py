@@ -75,6 +75,8 @@ class Measured:
         unit: of the spreads, in the output's own.
         amplified: RMS noise over RMS, in roundoffs of the dtype that showed it. Where that noise is at its ceiling
             (100% are 128 roundoffs of bfloat16), a run in float32 tells instead, if there was one.
+        at_most: the most that other roundings were seen to change the original's answer by in float64, believed or not;
+            None if that was not looked at. What differs by no more cannot be told from them.
     """
 
     figures: OutputComparison
@@ -86,3 +88,4 @@ class Measured:
     shared_nonfinite: bool = False
     unit: float = 1.0
     amplified: float = 0.0
+    at_most: Spread | None = None

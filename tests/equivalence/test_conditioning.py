@@ -116,12 +116,14 @@ def test_noise_of_half_precision_that_cannot_grow_hides_no_ill_conditioning() ->
 class Drowning(Chaotic):
     """Its answers are noise in float32, and roundings in float64 change a millionth of them."""
 
+    steepness = 1e5
+
     def forward(self, x: torch.Tensor) -> Any:
         features = self.features(x).mean((2, 3))
         value = features.mean(1, keepdim=True)
         for gain in self.gains:
             value = torch.sin(gain * value)
-        return self.head((1.0 + 3.0 * torch.sin(1e5 * value)) * features)
+        return self.head((1.0 + 3.0 * torch.sin(self.steepness * value)) * features)
 
 
 def test_noise_in_float32_that_cannot_grow_bounds_that_in_float64_no_more() -> None:
@@ -129,6 +131,40 @@ def test_noise_in_float32_that_cannot_grow_bounds_that_in_float64_no_more() -> N
     looked_at = failing(Drowning, 2.0)
     assert len(alone) >= 4
     assert len(looked_at) <= len(alone) // 4
+
+
+class Lost(Drowning):
+    """Roundings in float64 change a thousandth of its answers and more, too much to move in proportion."""
+
+    steepness = 1e8
+
+
+def test_where_float64_is_noise_too_nothing_is_told_and_no_tensor_is_blamed() -> None:
+    untold = 0
+    for seed in SEEDS:
+        original = of(Lost, seed)
+        exact = folded(copy.deepcopy(original).double())
+        x = example(seed=seed, batch=1)
+        comparison = verify(original, copy.deepcopy(exact).float(), x, candidate_float64=exact, seed=seed)
+        if not comparison.lacks_evidence:
+            continue
+        untold += 1
+        assert not comparison.passed
+        assert "other roundings alone change the original's own there by up to" in comparison.failures[0]
+        assert any(case.status == "no evidence" for case in comparison.cases)
+        assert comparison.parting is None
+    assert untold >= len(SEEDS) // 2
+
+
+def test_what_that_noise_does_not_explain_is_a_failure() -> None:
+    for seed in SEEDS:
+        original = of(Lost, seed)
+        wrong = folded(copy.deepcopy(original).double())
+        wrong.head.bias.data += 3.0
+        x = example(seed=seed, batch=1)
+        comparison = verify(original, copy.deepcopy(wrong).float(), x, candidate_float64=wrong, seed=seed)
+        assert not comparison.passed
+        assert not comparison.lacks_evidence
 
 
 @pytest.mark.parametrize("size", sampled([1e-3, 1e-2], 2))
