@@ -22,6 +22,7 @@ from tests.equivalence.nets import Plain, example, folded, randomise
 from tests.support import sampled
 
 SEEDS = range(12)
+A_FEW = pytest.mark.parametrize("seeds", sampled([SEEDS[:4], SEEDS[4:]], 2), ids=["a few", "others"])
 Net = TypeVar("Net", bound=Plain)
 
 
@@ -94,6 +95,7 @@ def without_the_look(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
+@pytest.mark.slow
 def test_a_chaotic_original_s_noise_is_no_single_sample() -> None:
     """A bar of a third of the noise: right folds fail it by chance, and fewer where the noise is better known."""
     alone = without_the_look(failing, Chaotic, 0.3)
@@ -156,8 +158,9 @@ def test_where_float64_is_noise_too_nothing_is_told_and_no_tensor_is_blamed() ->
     assert untold >= len(SEEDS) // 2
 
 
-def test_what_that_noise_does_not_explain_is_a_failure() -> None:
-    for seed in SEEDS:
+@A_FEW
+def test_what_that_noise_does_not_explain_is_a_failure(seeds: range) -> None:
+    for seed in seeds:
         original = of(Lost, seed)
         wrong = folded(copy.deepcopy(original).double())
         wrong.head.bias.data += 3.0
@@ -167,10 +170,11 @@ def test_what_that_noise_does_not_explain_is_a_failure() -> None:
         assert not comparison.lacks_evidence
 
 
+@A_FEW
 @pytest.mark.parametrize("size", sampled([1e-3, 1e-2], 2))
-def test_a_fault_beyond_that_noise_is_found(size: float) -> None:
+def test_a_fault_beyond_that_noise_is_found(size: float, seeds: range) -> None:
     """Of the last weights, so that nothing amplifies it."""
-    for seed in SEEDS:
+    for seed in seeds:
         original = of(Drowning, seed)
         wrong = folded(copy.deepcopy(original).double())
         wrong.head.weight.data *= 1.0 + size
@@ -198,10 +202,11 @@ def test_what_was_measured_is_told() -> None:
     pytest.fail("no case was looked at again")
 
 
+@A_FEW
 @pytest.mark.parametrize("kind", sampled([Plain, Chaotic, Drowning], 3))
 @pytest.mark.parametrize("size", [1e-3, 1e-6])
-def test_a_wrong_weight_is_not_excused(kind: type[Plain], size: float) -> None:
-    for seed in SEEDS:
+def test_a_wrong_weight_is_not_excused(kind: type[Plain], size: float, seeds: range) -> None:
+    for seed in seeds:
         original = of(kind, seed)
         wrong = folded(original).double()
         wrong.convs[0].weight.data[0, 0, 1, 1] *= 1.0 + size  # type: ignore[index, operator]
@@ -211,10 +216,11 @@ def test_a_wrong_weight_is_not_excused(kind: type[Plain], size: float) -> None:
         assert not comparison.passed
 
 
+@A_FEW
 @pytest.mark.parametrize("lost", sampled([13, 10, 8], 3))
-def test_a_candidate_does_not_excuse_itself(lost: int) -> None:
+def test_a_candidate_does_not_excuse_itself(lost: int, seeds: range) -> None:
     """The original is well conditioned; that the candidate is not is its own fault, by little as by much."""
-    for seed in SEEDS:
+    for seed in seeds:
         original = of(Plain, seed)
         candidate = of(Cancelling, seed)
         candidate.lost = lost
