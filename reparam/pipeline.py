@@ -9,7 +9,8 @@ import gc
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from reparam.chance import refusal
 from reparam.data import LIMIT, Batch, Data, read
 from reparam.equivalence import difference
 from reparam.equivalence import verify as verify_modules
+from reparam.equivalence.session import Noises
 from reparam.errors import CaptureError, InputError, NotEquivalentError, UnfitModelError
 from reparam.graph.build import float64_twin, forget_float64
 from reparam.graph.register import leaves
@@ -263,7 +265,10 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is fused, how, and how it is checked: everything but which rewrites are made."""
+    """What is fused, how, and how it is checked: everything but which rewrites are made.
+
+    `known` is what the attempts found out about the original's noise.
+    """
 
     model: nn.Module
     inputs: Inputs
@@ -276,6 +281,7 @@ class _Job:
     explain: bool
     fixed_sizes: bool
     data: tuple[Batch, ...]
+    known: dict[Any, Noises] = field(default_factory=dict)
 
     def attempt(self, ledger: Ledger, only: frozenset[str] | None = None, find_parting: bool = False) -> Attempt[_Made]:
         """Fuses as the ledger allows, and verifies on the input cases named, or on all of the level."""
@@ -301,6 +307,7 @@ class _Job:
                 data=self.data,
                 find_parting=find_parting,
                 spent=ledger.passes,
+                known=self.known,
             )
         return Attempt(made, ledger, comparison)
 

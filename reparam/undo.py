@@ -19,6 +19,8 @@ from reparam.passes.watch import Fault, Judge
 
 MOST_BISECTED = 8
 """Rewrites that are looked for by bisection; if there are more, all behind the last right one go."""
+MOST_UNTOLD = 2
+"""Those of them that are looked for where roundings alone explain the difference: which one it is depends on chance."""
 MOST_ATTEMPTS = 64
 """Models that are made to find out; then, too, all behind the last right one go."""
 
@@ -81,6 +83,8 @@ class _Search(Generic[Made]):
         right: how many of the first rewrites are known to be right.
         most: how many are made at all, once there is no more looking for single ones.
         left: models that may still be made.
+        bisected: rewrites that were found by bisection.
+        untold: those of them for which nothing could be told.
     """
 
     attempt: Try[Made]
@@ -91,6 +95,7 @@ class _Search(Generic[Made]):
     most: int | None = None
     left: int = MOST_ATTEMPTS
     bisected: int = 0
+    untold: int = 0
 
     @property
     def keys(self) -> frozenset[Key]:
@@ -100,16 +105,18 @@ class _Search(Generic[Made]):
         """The rewrites that are to be undone next; empty if it is none of them."""
         if self.most is not None:
             return []
-        if self.left <= 0 or self.bisected == MOST_BISECTED:
+        is_untold = current.comparison is not None and current.comparison.is_untold
+        if self.left <= 0 or self.bisected == MOST_BISECTED or (is_untold and self.untold == MOST_UNTOLD):
             self.tell("undoing all further rewrites")
             self.most = self.right
             return [Undone(one, _failure(current.comparison)) for one in current.ledger.made[self.right :]]
-        return self._by_standing(current) or ([] if self._is_untold(current) else self._by_bisection(current))
-
-    @staticmethod
-    def _is_untold(current: Attempt[Made]) -> bool:
-        """Whether bisection has nothing to follow: it passes, or fails for no difference that was found."""
-        return current.passed or current.comparison is None or current.comparison.lacks_evidence
+        found = self._by_standing(current)
+        comparison = current.comparison
+        if found or comparison is None or comparison.passed:
+            return found
+        if comparison.lacks_evidence and not comparison.is_untold:
+            return []  # no rewrite has done that
+        return self._by_bisection(current)
 
     def made_without(self, found: list[Undone]) -> Attempt[Made] | None:
         """The model without what was found, too; None if it cannot be made."""
@@ -153,6 +160,7 @@ class _Search(Generic[Made]):
             else:
                 high = middle
         self.right, self.bisected = low, self.bisected + 1
+        self.untold += comparison is not None and comparison.is_untold
         rewrite, found = made[high - 1], self._compared(high, cases, describe=True) or comparison
         return [_from_comparison(rewrite, found, _number(made, key_of(rewrite)))]
 
@@ -178,7 +186,9 @@ def _asked_of_fewer(wrong: Comparison | None) -> Callable[[Comparison | None], b
     noisy = wrong is not None and wrong.only_noisy
 
     def is_right(comparison: Comparison | None) -> bool:
-        return comparison is not None and (comparison.passed or (comparison.only_noisy and not noisy))
+        if comparison is None or comparison.passed:
+            return comparison is not None
+        return comparison.only_noisy and not comparison.is_untold and not noisy
 
     return is_right
 
@@ -234,4 +244,4 @@ def _failure(comparison: Comparison | None) -> str:
 
 def _failed_cases(comparison: Comparison | None) -> frozenset[str]:
     cases = () if comparison is None else comparison.cases
-    return frozenset(case.name for case in cases if case.failures)
+    return frozenset(case.name for case in cases if case.failures or case.is_untold)

@@ -137,6 +137,11 @@ class CaseResult:
         return not self.failures
 
     @property
+    def is_untold(self) -> bool:
+        """Whether of an output of it nothing can be told, since roundings alone explain what it differs by."""
+        return any(output.untold for output in self.outputs)
+
+    @property
     def only_noisy(self) -> bool:
         """Whether nothing speaks against the case but too much rounding noise."""
         return len(self.failures) == sum((output.numeric_ratio or 0.0) > 1.0 for output in self.outputs)
@@ -222,6 +227,11 @@ class Comparison:
         """Whether it fails for no difference that was found, but since an output could not be compared, or its noise
         was too large to tell."""
         return not self.passed and not self.misrounded and not any(case.failures for case in self.cases)
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether it fails since roundings alone explain what was found, so that nothing can be told."""
+        return self.lacks_evidence and any(case.is_untold for case in self.cases)
 
     @property
     def only_noisy(self) -> bool:

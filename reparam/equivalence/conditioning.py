@@ -17,8 +17,8 @@ What it excuses is bounded:
   of a well-conditioned original the first verdict stands.
 * What its deployment shows counts as far as float64 lets expect it (`AS_EXPECTED`).
 * What does not count, as of an original so chaotic that its answer leaves the range in which it moves in proportion,
-  excuses nothing; but where it is as large as what the candidate is wrong by, nothing can be told (`untold`), and no
-  rewrite is blamed.
+  excuses nothing. But where it would explain what the candidate differs by, the verdict is that nothing can be told
+  (`OutputComparison.untold`), and not that the candidate is wrong.
 * Its noise is raised only in the case that failed, at most `NEAR` times; that in float64, which nothing else bounds,
   `MOST_LUCK` times, or where float32 cannot tell it, to `LOUDEST` of the answer.
 """
@@ -29,7 +29,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -44,7 +43,7 @@ from reparam.equivalence.metrics import relative
 from reparam.equivalence.montecarlo import MovedOperands
 from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.precision import PrivateCopy, first_line, named_tensors
-from reparam.equivalence.session import Session
+from reparam.equivalence.session import Noises, Session
 
 DRAWS, DEPLOYED_DRAWS = 5, 20
 """How often the original is run with moved operands in float64, for each step, and as it is deployed."""
@@ -78,7 +77,6 @@ LOUDEST = 1e-4
 """Up to what part of the answer the noise in float64 is believed where that in float32 cannot grow any more, so that no
 bound follows from it: a third of the answer is noise in float32 whether roundings are amplified a million times or a
 thousand million times."""
-Noises: TypeAlias = "dict[str, list[Spread]]"
 
 
 def looked_at_again(
@@ -212,8 +210,26 @@ def _noises(
 ) -> Noises:
     """By output, how far each answer with moved operands is from the truth, run in `dtype` or as it is.
 
-    Outputs with an element that is not finite are left out.
+    Outputs with an element that is not finite are left out. It depends on the original alone, so what is known of it
+    from another candidate is not measured again.
     """
+    elements = tuple((one.figures.name, one.figures.elements) for one in ran.measured)
+    key = (case.name, case.shapes, dtype, draws, step, elements)
+    if key not in session.known:
+        session.known[key] = _measured(session, model, dtype, ran, case, truth, draws, step)
+    return session.known[key]
+
+
+def _measured(
+    session: Session,
+    model: PrivateCopy,
+    dtype: torch.dtype | None,
+    ran: Ran,
+    case: Case,
+    truth: Flat,
+    draws: int,
+    step: float,
+) -> Noises:
     found: Noises = {}
     for draw in range(draws):
         with MovedOperands(session.seed + draw, step, named_tensors(model.module).values()):

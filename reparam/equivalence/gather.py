@@ -93,10 +93,12 @@ def _judged(ran: Ran, rules: Rules, typical: dict[str, float]) -> CaseResult:
     notes = ran.result.notes + tuple(sentence for output in outputs for sentence in output.notes)
     hopeless = [output.name for output in outputs if output.numeric_ratio is not None and _hopeless(output)]
     notes += tuple(f"{name}: the original's own rounding noise is too large to tell anything from" for name in hopeless)
+    untold = tuple(output.untold for output in outputs if output.untold)
+    notes += untold
     without = (
         any(one.shared_nonfinite for one in ran.measured)
         or bool(hopeless)
-        or any(output.untold for output in outputs)
+        or bool(untold)
         or not any(o.elements for o in outputs)
     )
     status = "failed" if failures else "no evidence" if without else "passed"

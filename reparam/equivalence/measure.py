@@ -142,7 +142,7 @@ def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputCom
 
 
 def _untold(measured: Measured, rules: Rules) -> str:
-    """Says so if other roundings change the original's answer in float64 as much as the candidate differs from it."""
+    """Says so if the difference would pass, were all that other roundings did to the original its noise in float64."""
     assert measured.truth is not None
     assert measured.algebra is not None
     if measured.at_most is None:
@@ -153,8 +153,8 @@ def _untold(measured: Measured, rules: Rules) -> str:
         return ""
     own, differs = (metrics.relative(one.rms, measured.truth.rms) for one in (measured.at_most, error))
     return (
-        f"{measured.figures.name}: the float64 results differ by {differs:.2g} (RMS), and other roundings alone change "
-        f"the original's own there by up to {own:.2g}, so nothing can be told"
+        f"{measured.figures.name}: the float64 results differ by {differs:.2g} (RMS), which roundings alone may do to "
+        f"the original (in the few runs that were made, up to {own:.2g}), so nothing can be told"
     )
 
 

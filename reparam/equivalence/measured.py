@@ -76,7 +76,7 @@ class Measured:
         amplified: RMS noise over RMS, in roundoffs of the dtype that showed it. Where that noise is at its ceiling
             (100% are 128 roundoffs of bfloat16), a run in float32 tells instead, if there was one.
         at_most: the most that other roundings were seen to change the original's answer by in float64, believed or not;
-            None if that was not looked at. What differs by no more cannot be told from them.
+            None if that was not looked at.
     """
 
     figures: OutputComparison

@@ -29,7 +29,7 @@ from reparam.equivalence.metrics import distinct_values, rms
 from reparam.equivalence.outputs import Flat, identical
 from reparam.equivalence.parting import parting
 from reparam.equivalence.precision import PrivateCopy, deployment_dtype, first_line, rounding_failures, run
-from reparam.equivalence.session import Asked, Elsewhere, Session, session_of
+from reparam.equivalence.session import Asked, Elsewhere, Noises, Session, session_of
 from reparam.errors import InputError, OtherInputError
 from reparam.inputs import ExampleInputs, Inputs
 
@@ -57,6 +57,7 @@ def verify(
     data: Data | None = None,
     data_limit: int = LIMIT,
     spent: float = 0.0,
+    known: dict[Any, Noises] | None = None,
 ) -> Comparison:
     """Whether `candidate` computes what `original` computes, judged against the original's own rounding noise.
 
@@ -92,6 +93,8 @@ def verify(
             `reparam.data.read`). They are run whatever they cost.
         data_limit: the most rows, images or batches of it.
         spent: forward passes that were spent on checking the candidate before; they count.
+        known: what comparisons of other candidates with this original, on these inputs and with this seed, found out
+            about its noise; it is added to.
 
     Raises:
         InputError: the level does not exist, the original cannot run on the example inputs or on the data, the data
@@ -107,6 +110,8 @@ def verify(
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = session_of(original, candidate, candidate_float64, rules, seed)
     session.spent = spent
+    if known is not None:
+        session.known = known
     if deployed is not None:
         session.original = PrivateCopy(deployed, "original")
     misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)

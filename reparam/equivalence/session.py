@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from reparam.equivalence.cases import Case
+from reparam.equivalence.judge import Spread
 from reparam.equivalence.measured import Rules
 from reparam.equivalence.outputs import Flat
 from reparam.equivalence.precision import PrivateCopy, disturbed, named_tensors, run
 
 Model: TypeAlias = "Callable[..., Any] | PrivateCopy"
+Noises: TypeAlias = "dict[str, list[Spread]]"
+"""By output, how far the original's answers are from the truth when it is run with other roundings."""
 
 NARROW_COST = 0.5
 
@@ -64,7 +67,8 @@ class Session:
 
     `original64` is None for an original that does not run in float64; `candidate64` is None where, or once, the algebra
     cannot be asked; `original` is None once it is known to be `original64`. `judged64`: whether the float64
-    difference is held against a bar. `single`: the original in float32, of a model in half precision.
+    difference is held against a bar. `single`: the original in float32, of a model in half precision. `known`: what was
+    measured of the original's noise; comparisons of several candidates with it may share that.
     """
 
     rules: Rules
@@ -80,6 +84,7 @@ class Session:
     single: Model | None = None
     spent: float = 0.0
     notes: list[str] = field(default_factory=list)
+    known: dict[Any, Noises] = field(default_factory=dict)
 
     def affordable(self, case: Case, budget: float) -> Asked | None:
         """The most that can be asked of a case; None if nothing can. Of what the user gave everything is."""
