@@ -192,7 +192,7 @@ def _require_equivalent(report: Report, strict: bool) -> None:
     if comparison is not None and not comparison.passed:
         advice = "" if comparison.lacks_evidence else ", please report this with the report attached to this error"
         raise NotEquivalentError(
-            f"the fused {report.model} does not agree with the original: {comparison.summary().rstrip('.')}; "
+            f"the fused {report.model} {comparison.agreement} the original: {comparison.summary().rstrip('.')}; "
             f"no model was made{advice}",
             report,
         )

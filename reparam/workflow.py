@@ -240,8 +240,9 @@ class _Run:
         comparison = self.report.archive_comparison
         if comparison is not None and not comparison.passed:
             raise NotEquivalentError(
-                f"the torch.export archive does not agree with the original model: {comparison.summary().rstrip('.')}; "
-                "no file was written, pass --no-archive to write the ONNX file alone",
+                f"the torch.export archive {comparison.agreement} the original model: "
+                f"{comparison.summary().rstrip('.')}; no file was written, "
+                "pass --no-archive to write the ONNX file alone",
                 self.report,
             )
 

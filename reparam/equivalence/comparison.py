@@ -238,6 +238,13 @@ class Comparison:
         """Whether nothing speaks against the candidate but too much rounding noise."""
         return not self.misrounded and all(case.only_noisy for case in self.cases)
 
+    @property
+    def agreement(self) -> str:
+        """The verdict as a predicate."""
+        if self.passed:
+            return "agrees with"
+        return "was not shown to agree with" if self.lacks_evidence else "does not agree with"
+
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain JSON types; infinities and NaN as the strings `Infinity`, `-Infinity`, `NaN`."""
         plain = {
@@ -259,7 +266,8 @@ class Comparison:
         if self.passed:
             return f"equivalent on {ran} input {'case' if ran == 1 else 'cases'}: {figures}."
         more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
-        return f"NOT equivalent: {self.failures[0].rstrip('.')}{more}; {figures}."
+        verdict = "NOT shown to be equivalent" if self.lacks_evidence else "NOT equivalent"
+        return f"{verdict}: {self.failures[0].rstrip('.')}{more}; {figures}."
 
 
 def _plain(value: Any) -> Any:

@@ -240,7 +240,7 @@ def _compared(task: Task, path: Path) -> tuple[Comparison | None, tuple[str, ...
         return None, (f"compared with the module itself at {len(task.answers)} sizes, not with float64: {error}",)
     if not comparison.passed:
         raise NotEquivalentError(
-            f"the ONNX file does not agree with the original model: {comparison.summary().rstrip('.')}",
+            f"the ONNX file {comparison.agreement} the original model: {comparison.summary().rstrip('.')}",
             comparison=comparison,
         )
     return comparison, ()

@@ -125,7 +125,7 @@ class ErrorMark:
         case, output: names.
         error, noise: positions of the relative error and of the original's own; None where it is not a number.
         used, algebra: positions of the errors as shares of what is allowed; None where that was not asked.
-        passed: whether nothing speaks against it.
+        passed: whether nothing speaks against it, and something can be told.
     """
 
     case: str
@@ -178,7 +178,7 @@ def error_chart(comparison: Comparison) -> ErrorChart | None:
             on_errors(output.original_noise),
             on_shares(output.numeric_ratio),
             on_shares(output.algebra_ratio),
-            output.passed,
+            output.passed and not output.untold,
         )
         for case, output in found
     )

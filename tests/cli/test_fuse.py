@@ -203,7 +203,10 @@ def test_nothing_is_left_when_the_onnx_file_disagrees(model_file: Path, monkeypa
 def test_nothing_is_left_when_the_fused_model_disagrees(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = run(Request(str(model_file), inputs=("1x3x8x8",), onnx=False, archive=False, bench=False))
     assert report.comparison is not None
-    failed = replace(report, comparison=replace(report.comparison, passed=False, failures=("output: off by one",)))
+    case = replace(report.comparison.cases[0], status="failed", failures=("output: off by one",))
+    failed = replace(
+        report, comparison=replace(report.comparison, passed=False, cases=(case,), failures=("output: off by one",))
+    )
 
     def disagree(*_: Any, **__: Any) -> Any:
         raise NotEquivalentError("the fused model does not agree", failed)

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from reparam.bench import Ratio, Timing
-from reparam.equivalence import Comparison
+from reparam.equivalence import CaseResult, Comparison
 from reparam.passes.base import Candidate, Choice, Cost, Place, Refusal, Rewrite
 from reparam.report import OperationCounts, Report
 from reparam.report.format import count, duration, grouped_rewrites, rewrite_label
@@ -36,7 +36,8 @@ REFUSAL = Refusal(
 
 def comparison(passed: bool = True) -> Comparison:
     failures = () if passed else ("output: the error is 9 times the bar", "case ones: NaN")
-    return Comparison(passed, 1.5e-13, 1e-10, 2e-7, 1.9e-7, 2.0, "float32", (), (), failures)
+    cases = () if passed else (CaseResult("ones", None, (), "failed", failures=("NaN",)),)
+    return Comparison(passed, 1.5e-13, 1e-10, 2e-7, 1.9e-7, 2.0, "float32", (), cases, failures)
 
 
 def timing(value: float = 2.0) -> Timing:
