@@ -214,7 +214,7 @@ def _noises(
     from another candidate is not measured again.
     """
     elements = tuple((one.figures.name, one.figures.elements) for one in ran.measured)
-    key = (case.name, case.shapes, dtype, draws, step, elements)
+    key = (case.name, case.seed, case.is_example, case.shapes, dtype, draws, step, elements)
     if key not in session.known:
         session.known[key] = _measured(session, model, dtype, ran, case, truth, draws, step)
     return session.known[key]
