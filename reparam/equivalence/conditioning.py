@@ -215,21 +215,8 @@ def _noises(
     """
     elements = tuple((one.figures.name, one.figures.elements) for one in ran.measured)
     key = (case.name, case.seed, case.is_example, case.shapes, dtype, draws, step, elements)
-    if key not in session.known:
-        session.known[key] = _measured(session, model, dtype, ran, case, truth, draws, step)
-    return session.known[key]
-
-
-def _measured(
-    session: Session,
-    model: PrivateCopy,
-    dtype: torch.dtype | None,
-    ran: Ran,
-    case: Case,
-    truth: Flat,
-    draws: int,
-    step: float,
-) -> Noises:
+    if key in session.known:
+        return session.known[key]
     found: Noises = {}
     for draw in range(draws):
         with MovedOperands(session.seed + draw, step, named_tensors(model.module).values()):
@@ -241,7 +228,8 @@ def _measured(
             error = _double(answer[name]) - _double(truth.tensors()[name])
             if bool(error.isfinite().all()):
                 found.setdefault(name, []).append(spread(error / one.unit))
-    return {name: noises for name, noises in found.items() if len(noises) == draws}
+    session.known[key] = {name: noises for name, noises in found.items() if len(noises) == draws}
+    return session.known[key]
 
 
 def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
