@@ -35,13 +35,14 @@ from torch import nn
 
 from reparam.equivalence.cases import Case
 from reparam.equivalence.comparison import CaseResult
+from reparam.equivalence.decisions import with_decisions
 from reparam.equivalence.gather import Ran
 from reparam.equivalence.judge import Spread, spread
 from reparam.equivalence.measure import AT_ITS_CEILING, FOLD_ROUNDINGS
 from reparam.equivalence.measured import Measured
 from reparam.equivalence.metrics import relative
 from reparam.equivalence.montecarlo import MovedOperands
-from reparam.equivalence.outputs import Flat, identical
+from reparam.equivalence.outputs import Flat, double, identical
 from reparam.equivalence.precision import PrivateCopy, first_line, named_tensors
 from reparam.equivalence.session import Noises, Session
 
@@ -137,13 +138,15 @@ def _looked_at(
         if not ill:
             return ran
         narrow: Noises = {}
-        if deployed is not None and session.rules.dtype != torch.float64:
-            narrow = _noises(session, PrivateCopy(deployed, "original"), None, ran, case, truth, DEPLOYED_DRAWS)
+        narrowed = None if deployed is None else PrivateCopy(deployed, "original")
+        if narrowed is not None and session.rules.dtype != torch.float64:
+            narrow = _noises(session, narrowed, None, ran, case, truth, DEPLOYED_DRAWS)
+        measured = [_with(one, narrow, wide) if one.figures.name in ill else one for one in ran.measured]
+        loud = {name: noises for name, noises in narrow.items() if name in ill}
+        return with_decisions(session, narrowed, replace(ran, measured=tuple(measured)), case, truth, loud)
     except Exception as error:  # operators that cannot be watched, outputs that cannot be compared
         session.notes.append(f"{case.name}: the original's noise could not be measured anew ({first_line(error)})")
         return ran
-    measured = [_with(one, narrow, wide) if one.figures.name in ill else one for one in ran.measured]
-    return replace(ran, measured=tuple(measured))
 
 
 def _with_most(one: Measured, noises: Sequence[Spread]) -> Measured:
@@ -225,7 +228,7 @@ def _noises(
             name = one.figures.name
             if one.truth is None or name not in answer or one.figures.elements != answer[name].numel():
                 continue
-            error = _double(answer[name]) - _double(truth.tensors()[name])
+            error = double(answer[name]) - double(truth.tensors()[name])
             if bool(error.isfinite().all()):
                 found.setdefault(name, []).append(spread(error / one.unit))
     session.known[key] = {name: noises for name, noises in found.items() if len(noises) == draws}
@@ -302,7 +305,3 @@ def _raised(pair: tuple[Spread, Spread] | None, noises: Sequence[Spread], most: 
     for other in noises:
         noise = noise.larger(other.scaled(min(1.0, relative(most * known.rms, other.rms))))
     return error, noise
-
-
-def _double(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float64)

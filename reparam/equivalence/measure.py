@@ -24,7 +24,7 @@ from reparam.equivalence.judge import (
 )
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Measured, Rules, Runs
 from reparam.equivalence.nonfinite import count, nonfinite, same_nonfinite
-from reparam.equivalence.outputs import Flat, flatten, renamed, structure_failures
+from reparam.equivalence.outputs import Flat, double, flatten, renamed, structure_failures
 
 # Rounding noise scales with a dtype's unit roundoff; the factor allows for kernels of two dtypes summing in different
 # orders.
@@ -206,7 +206,7 @@ def _measure_floats(
     rules: Rules,
     dtype: torch.dtype,
 ) -> Measured:
-    t, o, c = _double(truth), _double(original), _double(candidate)
+    t, o, c = double(truth), double(original), double(candidate)
     c64 = _leaf(runs.candidate64, figures.name, t)
     failures, notes, usable, shared = nonfinite(figures.name, t, o, c)
     if runs.candidate64 is not None and c64 is None:
@@ -273,7 +273,7 @@ def _measure_exact(
     rules: Rules,
 ) -> Measured:
     """Integers and booleans: equal to the truth, but for a multiple of the ties that rounding breaks there as well."""
-    t, o, c = _double(truth), _double(original), _double(candidate)
+    t, o, c = double(truth), double(original), double(candidate)
     wrong, own, failures = int((c != t).sum()), int((o != t).sum()), []
     if wrong > rules.noise_factor * own and bool((c != o).any()):
         failures.append(f"{figures.name}: {wrong} of {t.numel()} values differ ({own} in the original itself)")
@@ -297,11 +297,7 @@ def _per_channel(error: Spread, noise: Spread, truth: Spread, elements: int, rul
 
 def _leaf(flat: Flat | None, name: str, like: torch.Tensor) -> torch.Tensor | None:
     leaf = None if flat is None else flat.leaves.get(name)
-    return _double(leaf) if isinstance(leaf, torch.Tensor) and leaf.shape == like.shape else None
-
-
-def _double(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float64)
+    return double(leaf) if isinstance(leaf, torch.Tensor) and leaf.shape == like.shape else None
 
 
 def _failed(figures: OutputComparison, sentence: str) -> Measured:

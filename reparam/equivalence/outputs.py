@@ -28,6 +28,11 @@ class Flat:
         return {name: leaf for name, leaf in self.leaves.items() if isinstance(leaf, torch.Tensor)}
 
 
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of any real dtype as float64 on the CPU, where outputs are compared."""
+    return tensor.detach().to("cpu", torch.float64)
+
+
 def flatten(value: Any, root: str = "output") -> Flat:
     """Flattens tuples, lists, dicts, named tuples, dataclasses and whatever else is registered with pytree.
 

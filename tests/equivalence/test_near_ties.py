@@ -1,0 +1,167 @@
+"""Near ties that float32's roundings decide: a candidate may go another way by luck, but not more often than that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from reparam.equivalence import verify
+from tests.equivalence.test_decisions import Removing
+
+SIDE = 12
+
+
+def through(layers: Iterable[Any], x: torch.Tensor, *, reordered: bool) -> torch.Tensor:
+    """A number for each image, with roundings that grow from layer to layer; the order of the sums is another one."""
+    values = x.flatten(1)
+    for layer in layers:
+        if reordered:
+            values = nn.functional.linear(values.flip(1), layer.weight.flip(1), layer.bias)
+        else:
+            values = layer(values)
+        values = (4.0 * values).sin()
+    return values
+
+
+class Choosing(Removing):
+    """Answers one of two things, by a score that roundings reach."""
+
+    edge: float = 0.0
+    factor: float = 1.0
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        widths = [3 * SIDE * SIDE, 64, 64, 64, 64, 64, 64, 1]
+        self.layers = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return through(self.layers, x, reordered=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.logits(x)
+        return torch.where(self.score(x) > self.edge, self.factor * logits, 1.05 * logits)
+
+
+class Reordered(Choosing):
+    """Sums in another order, which rounds otherwise and no worse."""
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return through(self.layers, x, reordered=True)
+
+
+class Equal(Choosing):
+    """Compares a score with itself: what is equal in every deployment of it."""
+
+    def other(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(x)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.logits(x)
+        return torch.where(self.score(x) >= self.other(x), self.factor * logits, 1.05 * logits)
+
+
+class Parting(Equal):
+    """Computes one of the two in another order."""
+
+    def other(self, x: torch.Tensor) -> torch.Tensor:
+        return through(self.layers, x, reordered=True)
+
+
+class Late(Choosing):
+    """Errs in its first calls, and never after."""
+
+    calls: int = 0
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.calls += 1
+        return super().forward(x) * (1.05 if self.calls < 3 else 1.0)
+
+
+def image(seed: int) -> torch.Tensor:
+    return torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def as_another(kind: type[Choosing], original: Choosing) -> Any:
+    """The same weights in another class."""
+    other = copy.deepcopy(original)
+    other.__class__ = kind
+    return other
+
+
+@torch.no_grad()
+def near_tie(seed: int) -> tuple[Choosing, Choosing, torch.Tensor] | None:
+    """An original and a candidate that lie on different sides of an edge, and the image on which they do."""
+    original, x = Choosing(seed).eval(), image(seed)
+    candidate = as_another(Reordered, original)
+    exact = float(copy.deepcopy(original).double().score(x.double()))
+    own, other = float(original.score(x)), float(candidate.score(x))
+    edge = exact + 0.7 * (other - exact)
+    if (own - edge) * (other - edge) >= 0.0:
+        return None
+    original.edge = candidate.edge = edge
+    return original, candidate, x
+
+
+def ties() -> list[tuple[Choosing, Choosing, torch.Tensor]]:
+    """Of which only those are left on which float32 decides as the truth does and the candidate does not."""
+    return [tie for seed in range(16) if (tie := near_tie(seed))]
+
+
+def passes(original: nn.Module, candidate: nn.Module, x: torch.Tensor) -> bool:
+    """As deployed: its algebra is the original's own."""
+    return verify(original, candidate, x, candidate_float64=copy.deepcopy(original), level="quick").passed
+
+
+def test_a_decision_that_roundings_make_is_no_error() -> None:
+    """Most of them; where the original never leaves the truth and the candidate does so often, it is refused."""
+    found = ties()
+    assert len(found) >= 6
+    told = 0
+    for original, candidate, x in found:
+        comparison = verify(original, candidate, x, level="quick")
+        assert comparison.numeric_error > 0.01
+        told += comparison.passed
+        assert comparison.passed == any("roundings alone" in note for note in comparison.cases[0].notes)
+    assert told >= len(found) / 2
+
+
+def test_a_near_tie_excuses_no_other_error() -> None:
+    """Neither lost bits, nor an answer that is neither of the two."""
+    for original, candidate, x in ties()[:4]:
+        candidate.lost = 18
+        assert not passes(original, candidate, x)
+        other = copy.deepcopy(original)
+        other.factor, other.edge = 1.02, other.edge - 1.0
+        assert not passes(original, other, x)
+
+
+def test_a_decision_that_is_no_near_tie_is_an_error() -> None:
+    for original, _, x in ties()[:4]:
+        with torch.no_grad():
+            score = float(original.score(x))
+        original.edge, other = score - 1e-2, copy.deepcopy(original)
+        other.edge = score + 1e-2
+        assert not passes(original, other, x)
+
+
+def test_what_parts_equals_is_refused() -> None:
+    erred = 0
+    for seed in range(8):
+        original, x = Equal(seed).eval(), image(seed)
+        candidate = as_another(Parting, original)
+        with torch.no_grad():
+            if torch.equal(candidate(x), original(x)):
+                continue
+        erred += 1
+        assert not passes(original, candidate, x)
+    assert erred >= 2
+
+
+def test_what_errs_in_its_first_runs_only_is_refused() -> None:
+    for seed in range(3):
+        original = Choosing(seed).eval()
+        assert not passes(original, as_another(Late, original), image(seed))
