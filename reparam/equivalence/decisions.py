@@ -9,6 +9,9 @@ call that noise would excuse every error as large as the two are apart. Instead 
   must agree with the truth.
 * In its own runs the candidate agrees with the truth nearly as often as the original does.
 
+That there are answers far apart is seen in the same runs: none lies between those that agree with the truth and those
+that do not. An original that is noise all over shows no such gap, and its runs may come near to any answer by chance.
+
 What is imprecise errs in every run and agrees with none. A candidate that decides otherwise does so in every run. One
 that parts what is equal in every deployment of the original (a score and itself, computed anew) goes wrong in half of
 its runs, where the original never does. They stay refused. Asked is only a candidate that errs as deployed and in
@@ -38,6 +41,9 @@ FEWER, AS_OFTEN = 0.25, 0.5
 Two that agree with equal chances differ by more in 5% of all cases at most (in twenty runs); that of twenty tosses
 fifteen show heads has a probability of 2%, and what parts equals is asked for each input on which it erred."""
 
+APART = 3.0
+"""How many times farther from the truth every other answer is, at least, than the farthest run that agrees with it."""
+
 
 def with_decisions(
     session: Session, original: PrivateCopy | None, ran: Ran, case: Case, truth: Flat, noises: Noises
@@ -59,7 +65,7 @@ def with_decisions(
     if not all(_errs_as_deployed_alone(one, session) for one in failing):
         return ran
     tie = _Tie(session, failing, case, [list(run) for run in zip(*own, strict=True)])
-    if tie.agreed < SOMETIMES * tie.draws:
+    if not tie.is_one:
         return ran
     luck = tie.along_with(original) or tie.as_often(truth)
     # What erred only because it was run for the first time does not repeat that after all those runs.
@@ -85,12 +91,29 @@ class _Tie:
     ) -> None:
         self._session, self._failing, self._case = session, failing, case
         self._others = [draw for draw, errors in enumerate(noises) if not self._are_within(errors)]
-        self.draws = len(noises)
+        self._noises = noises
+
+    @property
+    def draws(self) -> int:
+        """How often the original was run."""
+        return len(self._noises)
 
     @property
     def agreed(self) -> int:
         """In how many of its runs the original agrees with the truth."""
         return self.draws - len(self._others)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the original agrees with the truth sometimes at least, and else is far from it, as the candidate."""
+        if self.agreed < SOMETIMES * self.draws:
+            return False
+        near = [errors for draw, errors in enumerate(self._noises) if draw not in self._others]
+        return _are_apart(near, [self._noises[draw] for draw in self._others] + [self._measured])
+
+    @property
+    def _measured(self) -> list[Spread]:
+        return [one.numeric[0] for one in self._failing if one.numeric is not None]
 
     def along_with(self, original: PrivateCopy) -> _Luck | None:
         """A run of the original in which it goes the candidate's way."""
@@ -107,14 +130,16 @@ class _Tie:
     def as_often(self, truth: Flat) -> _Luck | None:
         """The runs of the candidate in which it agrees with the truth, if they are as many as they should be."""
         least = max(self.agreed - FEWER * self.draws, AS_OFTEN * self.agreed)
-        near: list[list[Spread]] = []
+        near: list[Sequence[Spread]] = []
+        far: list[Sequence[Spread]] = [self._measured]
         for draw in range(self.draws):
             if len(near) + self.draws - draw < least:
                 return None
             apart = self._apart(self._moved(self._session.candidate, draw), truth)
-            if apart and self._are_within(apart):
-                near.append(apart)
-        if len(near) < least:
+            if not apart:
+                return None
+            (near if self._are_within(apart) else far).append(apart)
+        if len(near) < least or not _are_apart(near, far):
             return None
         largest = [max(errors, key=lambda error: error.rms) for errors in zip(*near, strict=True)]
         why = f"it agrees with the truth in {len(near)} of {self.draws} runs, the original in {self.agreed}"
@@ -123,8 +148,7 @@ class _Tie:
     def is_as_measured(self, truth: Flat) -> bool:
         """Whether the candidate, run as it is deployed, still errs as it did."""
         apart = self._apart(self._session.call(self._session.candidate, self._case, None), truth)
-        measured = [one.numeric and one.numeric[0].rms for one in self._failing]
-        return [error.rms for error in apart] == measured
+        return [error.rms for error in apart] == [error.rms for error in self._measured]
 
     def _moved(self, model: Model, draw: int) -> Flat:
         weights = list(named_tensors(model.module).values()) if isinstance(model, PrivateCopy) else []
@@ -150,6 +174,12 @@ class _Tie:
             for one, error in zip(self._failing, errors, strict=True)
             if one.numeric is not None
         )
+
+
+def _are_apart(near: Sequence[Sequence[Spread]], far: Sequence[Sequence[Spread]]) -> bool:
+    """Whether each of the far runs is so much farther off in some output than all near ones."""
+    farthest = [max(error.rms for error in errors) for errors in zip(*near, strict=True)]
+    return all(any(error.rms > APART * least for error, least in zip(errors, farthest, strict=True)) for errors in far)
 
 
 def _passes(one: Measured, session: Session) -> bool:

@@ -141,14 +141,13 @@ class _Fixed:
         if _is_input(node):
             return axis > 0 and self._of_inputs
         name = kind(node, self._root).lower()
-        if axis == 0 or not node.args or not isinstance(node.args[0], fx.Node) or info(node.args[0]) is None:
+        image = node.args[0] if node.args else None
+        if axis == 0 or not isinstance(image, fx.Node) or info(image) is None:
             return False
         if not any(part in name for part in _WINDOWED):
             return False
-        images, *others = [other for other in node.all_input_nodes if other.op != "get_attr"]
-        if any(not self._is_free_value(other) for other in others):
-            return False
-        return self._known(list(self._sizes.dims(images)[1:]))
+        others = [other for other in node.all_input_nodes if other is not image and other.op != "get_attr"]
+        return all(map(self._is_free_value, others)) and self._known(list(self._sizes.dims(image)[1:]))
 
     def _is_free_number(self, node: fx.Node) -> bool:
         """A number that Python computes of sizes, each of which is fixed."""

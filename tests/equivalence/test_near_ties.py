@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from reparam.equivalence import verify
+from tests.equivalence.nets import example, folded
+from tests.equivalence.test_conditioning import Trembling, of
 from tests.equivalence.test_decisions import Removing
 
 SIDE = 12
@@ -165,3 +167,15 @@ def test_what_errs_in_its_first_runs_only_is_refused() -> None:
     for seed in range(3):
         original = Choosing(seed).eval()
         assert not passes(original, as_another(Late, original), image(seed))
+
+
+def test_noise_all_over_is_no_near_tie() -> None:
+    """Runs of such an original come near to any answer by chance; there is no gap between one and another."""
+    for seed in (0, 5, 17):
+        original = of(Trembling, seed).bfloat16()
+        exact = folded(copy.deepcopy(original).double())
+        x = example(seed=seed, batch=1).bfloat16()
+        candidate = copy.deepcopy(exact).bfloat16()
+        comparison = verify(original, candidate, x, candidate_float64=exact, seed=seed, level="quick", noise_factor=0.1)
+        assert not comparison.passed
+        assert any("ill-conditioned" in note for note in comparison.cases[0].notes)

@@ -251,3 +251,17 @@ def test_fixed_sizes_leave_the_model_untouched() -> None:
     before = reparam.fuse(model, x).report.before
     fuse(model, x, fixed_sizes=True)
     assert fuse(model, x).report.before == before
+
+
+@pytest.mark.parametrize("fixed_sizes", [False, True])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_a_table_resized_to_a_size_that_is_written_down_is_constant(antialias: bool, fixed_sizes: bool) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        table = F.interpolate(m.table, size=(12, 8), mode="bicubic", antialias=antialias)
+        return (m.stem(x) + table).relu()  # type: ignore[no-any-return]
+
+    model = Lambda(forward, stem=nn.Conv2d(3, 4, 3, stride=2, padding=1), table=torch.randn(1, 4, 5, 7)).double()
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    fused = fuse(model, x, fixed_sizes=fixed_sizes).module
+    assert not any(node.target is F.interpolate for node in fused.graph.nodes)
+    assert relative_error(run(model, x), run(fused, x)) < EXACT
