@@ -142,8 +142,7 @@ def _looked_at(
         if narrowed is not None and session.rules.dtype != torch.float64:
             narrow = _noises(session, narrowed, None, ran, case, truth, DEPLOYED_DRAWS)
         measured = [_with(one, narrow, wide) if one.figures.name in ill else one for one in ran.measured]
-        loud = {name: noises for name, noises in narrow.items() if name in ill}
-        return with_decisions(session, narrowed, replace(ran, measured=tuple(measured)), case, truth, loud)
+        return with_decisions(session, narrowed, replace(ran, measured=tuple(measured)), case, truth, narrow, ill)
     except Exception as error:  # operators that cannot be watched, outputs that cannot be compared
         session.notes.append(f"{case.name}: the original's noise could not be measured anew ({first_line(error)})")
         return ran

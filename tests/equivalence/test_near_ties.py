@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from reparam.equivalence import verify
+from reparam.equivalence.montecarlo import MovedOperands
 from tests.equivalence.nets import example, folded
 from tests.equivalence.test_conditioning import Trembling, of
 from tests.equivalence.test_decisions import Removing
@@ -148,6 +149,53 @@ def test_a_decision_that_is_no_near_tie_is_an_error() -> None:
         original.edge, other = score - 1e-2, copy.deepcopy(original)
         other.edge = score + 1e-2
         assert not passes(original, other, x)
+
+
+class Shifted(Choosing):
+    """In float32 its score is off by many times its noise."""
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return super().score(x) + (1e-3 if x.dtype == torch.float32 else 0.0)
+
+
+@torch.no_grad()
+def test_a_candidate_that_decides_otherwise_by_far_is_refused_where_the_original_now_and_then_does() -> None:
+    asked = 0
+    for seed in range(10):
+        original, x = Choosing(seed).eval(), image(seed)
+        exact = float(copy.deepcopy(original).double().score(x.double()))
+        scores = []
+        for draw in range(20):
+            with MovedOperands(draw):
+                scores.append(float(original.score(x)))
+        original.edge = sorted(scores)[-3]  # two of the twenty runs are beyond
+        if max(exact, float(original.score(x))) > original.edge:
+            continue
+        asked += 1
+        assert not passes(original, as_another(Shifted, original), x)
+    assert asked >= 2
+
+
+class Twice(Choosing):
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.logits(x)
+        return logits, logits.flip(1)
+
+
+class WrongInOne(Twice):
+    """In float32 it is wrong in one of its outputs, by a bit that every rounding changes."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        first, last = super().forward(x)
+        if x.dtype == torch.float64:
+            return first, last
+        return (1.05 * first, last) if float(first.sum()) * 2**22 % 5 < 1 else (first, 1.05 * last)
+
+
+def test_every_output_counts_in_the_runs_that_excuse() -> None:
+    for seed in range(6):
+        original = Twice(seed).eval()
+        assert not passes(original, as_another(WrongInOne, original), image(seed))
 
 
 def test_what_parts_equals_is_refused() -> None:
