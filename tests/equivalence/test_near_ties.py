@@ -111,7 +111,7 @@ def near_tie(seed: int) -> tuple[Choosing, Choosing, torch.Tensor] | None:
 
 def ties() -> list[tuple[Choosing, Choosing, torch.Tensor]]:
     """Of which only those are left on which float32 decides as the truth does and the candidate does not."""
-    return [tie for seed in range(16) if (tie := near_tie(seed))]
+    return [tie for seed in range(11) if (tie := near_tie(seed))]
 
 
 def passes(original: nn.Module, candidate: nn.Module, x: torch.Tensor) -> bool:
@@ -122,7 +122,7 @@ def passes(original: nn.Module, candidate: nn.Module, x: torch.Tensor) -> bool:
 def test_a_decision_that_roundings_make_is_no_error() -> None:
     """Most of them; where the original never leaves the truth and the candidate does so often, it is refused."""
     found = ties()
-    assert len(found) >= 6
+    assert len(found) >= 4
     told = 0
     for original, candidate, x in found:
         comparison = verify(original, candidate, x, level="quick")
@@ -134,7 +134,7 @@ def test_a_decision_that_roundings_make_is_no_error() -> None:
 
 def test_a_near_tie_excuses_no_other_error() -> None:
     """Neither lost bits, nor an answer that is neither of the two."""
-    for original, candidate, x in ties()[:4]:
+    for original, candidate, x in ties()[:3]:
         candidate.lost = 18
         assert not passes(original, candidate, x)
         other = copy.deepcopy(original)
@@ -143,7 +143,7 @@ def test_a_near_tie_excuses_no_other_error() -> None:
 
 
 def test_a_decision_that_is_no_near_tie_is_an_error() -> None:
-    for original, _, x in ties()[:4]:
+    for original, _, x in ties()[:3]:
         with torch.no_grad():
             score = float(original.score(x))
         original.edge, other = score - 1e-2, copy.deepcopy(original)
@@ -161,7 +161,7 @@ class Shifted(Choosing):
 @torch.no_grad()
 def test_a_candidate_that_decides_otherwise_by_far_is_refused_where_the_original_now_and_then_does() -> None:
     asked = 0
-    for seed in range(10):
+    for seed in range(6):
         original, x = Choosing(seed).eval(), image(seed)
         exact = float(copy.deepcopy(original).double().score(x.double()))
         scores = []
@@ -173,7 +173,7 @@ def test_a_candidate_that_decides_otherwise_by_far_is_refused_where_the_original
             continue
         asked += 1
         assert not passes(original, as_another(Shifted, original), x)
-    assert asked >= 2
+    assert asked
 
 
 class Twice(Choosing):
