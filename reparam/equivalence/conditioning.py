@@ -8,7 +8,7 @@ deployed. What that does to its answer is noise that no deployment of it can avo
 
 What it excuses is bounded:
 
-* It depends on the original only; a candidate cannot excuse itself.
+* It depends on the original only; a candidate cannot excuse itself. What it is asked besides: `decisions.py`.
 * The original must repeat its answer when it is run anew, or its noise is not what was measured.
 * What is exact or equal in it stays so where it is multiplied. Where its answer jumps all the same it does so by any
   step: in float64 it must move in proportion to the step, and counts as far as it does (`CERTAIN`).

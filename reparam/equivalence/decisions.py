@@ -36,7 +36,7 @@ SOMETIMES = 0.25
 """In what part of its runs with other roundings the original must agree with the truth itself, at least."""
 FEWER, AS_OFTEN = 0.25, 0.5
 """The candidate must agree in as many runs as the original, but for so large a part of all; and half as often at least.
-Two that agree with equal chances differ by more in 5% of all cases at most (in twenty runs)."""
+Two that agree with equal chances differ by more in 10% of all cases at most (of two binomial numbers of twenty)."""
 APART = 3.0
 """How many times farther from the truth every other answer is, at least, than the farthest run that agrees with it."""
 
@@ -129,7 +129,7 @@ class _Tie:
     def _runs_that_agree(self, truth: Flat, least: float) -> list[_Run]:
         """The errors of the candidate in those of its runs with moved operands that agree with the truth.
 
-        None if they are not far from the others, or fewer than `least`.
+        None of them counts if they are not far from the others; and it stops where they would be fewer than `least`.
         """
         near: list[_Run] = []
         far: list[_Run] = [self._measured]
