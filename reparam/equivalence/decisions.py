@@ -8,8 +8,11 @@ call that noise would excuse every error as large as the two are apart. Instead 
 * the original now and then leaves the truth itself, and by far: none of its runs lies between those that agree with the
   truth and those that do not. (One that is noise all over shows no such gap, and comes near to any answer by chance.)
   Only then has roundings' say been seen, and not that the candidate parted what is equal in every deployment;
-* the candidate agrees with the truth in nearly as many of its runs as the original; or in half as many, and in one of
-  its own the original gives the candidate's answer.
+* wherever the candidate errs the original does so, too, in one run or another, and about as much: in the same outputs,
+  and in the same slices of them. A near tie in one image says nothing of another one of the batch, nor of another
+  output;
+* the candidate agrees with the truth in nearly as many of its runs as the original, as a whole and in each of those
+  slices; or in half as many, and in one of its own the original gives the candidate's answer.
 
 What is imprecise, and what decides otherwise for another reason than roundings, agrees in few runs or in none. Asked is
 only a candidate that errs as deployed and in nothing else: its algebra was compared and is right.
@@ -17,13 +20,16 @@ only a candidate that errs as deployed and in nothing else: its algebra was comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import torch
+
 from reparam.equivalence.cases import Case
 from reparam.equivalence.gather import Ran
-from reparam.equivalence.judge import Spread, spread
+from reparam.equivalence.judge import FEW_ELEMENTS, Spread, spread
 from reparam.equivalence.measure import verdict
 from reparam.equivalence.measured import Measured
 from reparam.equivalence.metrics import relative
@@ -37,6 +43,12 @@ SOMETIMES = 0.25
 FEWER, AS_OFTEN = 0.25, 0.5
 """The candidate must agree in as many runs as the original, but for so large a part of all; and half as often at least.
 Two that agree with equal chances differ by more in 10% of all cases at most (of two binomial numbers of twenty)."""
+LARGER = 2.0
+"""How many times what the original's other answers differ by in a slice the candidate may be off there: the sum of two
+decisions that the original was seen to make otherwise one at a time."""
+MOST = 0.5
+"""Of a larger part than this of the slices of few elements in which the candidate errs the original must err, too. It
+is two thirds of a thousand logits where a decision that is made otherwise changes them by three times what counts."""
 APART = 3.0
 """How many times farther from the truth every other answer is, at least, than the farthest run that agrees with it."""
 
@@ -109,13 +121,19 @@ class _Tie:
 
     def luck(self, original: PrivateCopy, truth: Flat) -> _Luck | None:
         """What shows that the candidate erred by luck; None if nothing does."""
-        draws, least = len(self._noises), AS_OFTEN * self._agreed
-        near = self._runs_that_agree(truth, least)
+        draws = len(self._noises)
+        near, far = self._candidates_runs(truth)
         # What erred only because it was run for the first time does not repeat that after all those runs.
         answer = self._session.call(self._session.candidate, self._case, None)
-        if len(near) < least or not self._is_as_measured(answer, truth):
+        if not near or not self._is_as_measured(answer, truth):
             return None
-        if len(near) >= self._agreed - FEWER * draws:
+        counts = self._right_where_it_erred(near, far)
+        if counts is None:
+            return None
+        own, its = counts
+        if bool((its < AS_OFTEN * own).any()):
+            return None
+        if len(near) >= self._agreed - FEWER * draws and bool((its >= own - FEWER * draws).all()):
             largest = [max(errors, key=lambda error: error.rms) for errors in zip(*near, strict=True)]
             return _Luck(
                 largest, f"it agrees with the truth in {len(near)} of {draws} runs, the original in {self._agreed}"
@@ -126,21 +144,45 @@ class _Tie:
                 return _Luck(apart, f"the original gives the same answer, in at least one of {draws} runs")
         return None
 
-    def _runs_that_agree(self, truth: Flat, least: float) -> list[_Run]:
-        """The errors of the candidate in those of its runs with moved operands that agree with the truth.
+    def _candidates_runs(self, truth: Flat) -> tuple[list[_Run], list[_Run]]:
+        """The errors of the candidate in its runs with moved operands: those that agree with the truth, and the others.
 
-        None of them counts if they are not far from the others; and it stops where they would be fewer than `least`.
+        Both are empty if the ones are not far from the others, or are fewer than count; it stops where they would be.
         """
         near: list[_Run] = []
-        far: list[_Run] = [self._measured]
+        far: list[_Run] = []
         for draw in range(len(self._noises)):
-            if len(near) + len(self._noises) - draw < least:
-                return []
+            if len(near) + len(self._noises) - draw < AS_OFTEN * self._agreed:
+                return [], []
             apart = self._apart(self._moved(self._session.candidate, draw), truth)
             if not apart:
-                return []
+                return [], []
             (near if self._are_within(apart) else far).append(apart)
-        return near if near and _are_apart(near, far) else []
+        enough = near and len(near) >= AS_OFTEN * self._agreed
+        return (near, far) if enough and _are_apart(near, [*far, self._measured]) else ([], [])
+
+    def _right_where_it_erred(
+        self, near: Sequence[_Run], far: Sequence[_Run]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """For each slice in which the candidate erred: in how many runs the original is right there, and it itself.
+
+        None if there is none, or if the original does not err there, too, and about as much. Of slices of few elements,
+        which another decision now and then leaves nearly as they were, it must do so in most.
+        """
+        runs = torch.stack([_sliced(errors) for errors in self._noises])
+        its = torch.stack([_sliced(errors) for errors in (*near, *far)])
+        agreeing = [draw for draw in range(len(runs)) if draw not in self._others]
+        limit = APART * torch.maximum(runs[agreeing].amax(0), its[: len(near)].amax(0))
+        measured, telling = _sliced(self._measured), _telling(self._measured)
+        erred = measured > limit
+        shared = (runs > limit).any(0)
+        few = erred & ~telling
+        if bool(few.any()) and float(shared[few].double().mean()) <= MOST:
+            return None
+        erred &= telling
+        if not bool((erred & shared).any()) or bool((erred & ~(shared & (measured <= LARGER * runs.amax(0)))).any()):
+            return None
+        return (runs <= limit)[:, erred].sum(0), (its <= limit)[:, erred].sum(0)
 
     def _is_as_measured(self, answer: Flat, truth: Flat) -> bool:
         return [error.rms for error in self._apart(answer, truth)] == [error.rms for error in self._measured]
@@ -169,6 +211,22 @@ class _Tie:
             for one, error in zip(self._asked, errors, strict=True)
             if one.numeric is not None
         )
+
+
+def _sliced(errors: _Run) -> torch.Tensor:
+    """The errors of every slice of every output along each of its axes, by RMS and by peak."""
+    return torch.cat([kind for error in errors for axis in error.slices for kind in axis])
+
+
+def _telling(errors: _Run) -> torch.Tensor:
+    """Which of those slices are an image of the batch, or of more than a few elements."""
+    parts = []
+    for error in errors:
+        sizes = [len(rms) for rms, _ in error.slices]
+        for axis, size in enumerate(sizes):
+            tells = axis == 0 or math.prod(sizes) // size >= FEW_ELEMENTS
+            parts.append(torch.full((2 * size,), tells))
+    return torch.cat(parts)
 
 
 def _are_apart(near: Sequence[_Run], far: Sequence[_Run]) -> bool:

@@ -198,6 +198,72 @@ def test_every_output_counts_in_the_runs_that_excuse() -> None:
         assert not passes(original, as_another(WrongInOne, original), image(seed))
 
 
+class Batch(Choosing):
+    """Two images, each with an edge of its own; the first is a near tie, the second is not."""
+
+    edges: tuple[float, float] = (0.0, 0.0)
+    offset: float = 0.0
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        """What the second image's first layer sees is moved, and what that does is taken away again."""
+        offset = torch.tensor([[0.0], [self.offset]], dtype=x.dtype)
+        first, *others = self.layers
+        values = first(x.flatten(1) + offset) - first.weight.sum(1) * offset
+        return through(others, (4.0 * values).sin(), reordered=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.logits(x)
+        return torch.where(self.score(x) > torch.tensor(self.edges, dtype=x.dtype)[:, None], logits, 1.05 * logits)
+
+
+class Apart(Batch):
+    """The two images in an output each."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return tuple(super().forward(x).split(1))
+
+
+@torch.no_grad()
+def beside_a_tie(kind: type[Batch], seed: int) -> tuple[Batch, Batch, torch.Tensor] | None:
+    """In nine of its runs the original errs in the first image; the candidate does so likewise, and in the second."""
+    original, x = kind(seed).eval(), torch.cat([image(seed), image(seed + 500)])
+    exact = copy.deepcopy(original).double().score(x.double()).flatten().tolist()
+    scores = []
+    for draw in range(20):
+        with MovedOperands(draw):
+            scores.append(original.score(x).flatten().tolist())
+    candidate = copy.deepcopy(original)
+    candidate.offset = 32.0
+    lossy = float(candidate.score(x)[1])
+    ordered = sorted(score[0] for score in scores)
+    edges = ((ordered[10] + ordered[11]) / 2.0, exact[1] + 0.95 * (lossy - exact[1]))
+    original.edges = candidate.edges = edges
+    own = [exact, original.score(x).flatten().tolist()]
+    is_tie = all(score[0] < edges[0] for score in own)
+    is_clear = all((score[1] > edges[1]) == (exact[1] > edges[1]) for score in scores)
+    return (original, candidate, x) if is_tie and is_clear else None
+
+
+def test_a_near_tie_excuses_no_error_in_another_image_nor_output() -> None:
+    asked = 0
+    for kind in (Batch, Apart):
+        for found in (beside_a_tie(kind, seed) for seed in (7, 10, 13, 15, 18)):
+            if found is not None:
+                asked += 1
+                assert not passes(*found)
+    assert asked >= 4
+
+
+@torch.no_grad()
+def test_a_near_tie_is_one_beside_an_image_that_is_none() -> None:
+    told = found = 0
+    for original, candidate, x in ties():
+        found += 1
+        pair = torch.cat([x, image(500)])
+        told += passes(original, candidate, pair)
+    assert told >= found / 2
+
+
 def test_what_parts_equals_is_refused() -> None:
     erred = 0
     for seed in range(8):

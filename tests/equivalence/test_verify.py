@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from reparam import fuse
 from reparam.equivalence import Comparison, compare_outputs, verify
-from reparam.errors import InputError
+from reparam.errors import InputError, NotEquivalentError
 from tests.equivalence.nets import Plain, TwoOutputs, example, folded, randomise
 
 
@@ -310,3 +311,26 @@ def test_an_output_that_is_always_empty_is_no_lack_of_evidence() -> None:
     assert not verify(original, other, example()).passed
     nothing = Function(lambda x: x[:, :0])
     assert not verify(nothing, copy.deepcopy(nothing), example()).passed
+
+
+def test_a_detector_that_finds_nothing_on_some_inputs_is_compared_on_the_others() -> None:
+    def boxes(x: torch.Tensor, bias: float = 0.0) -> torch.Tensor:
+        found = x.flatten(1).unflatten(1, (-1, 4)).flatten(0, 1)
+        return torch.softmax(found, dim=1)[found[:, 0] > 0.5 + bias]
+
+    original = Function(boxes)
+    comparison = verify(original, copy.deepcopy(original), example(), level="thorough")
+    assert comparison.passed
+    empty = [case for case in comparison.cases if any("only shapes were compared" in note for note in case.notes)]
+    assert {"zeros"} <= {case.name for case in empty}
+    assert all(case.status == "no evidence" for case in empty)
+    assert not verify(original, Function(lambda x: boxes(x, -1.0)), example(), level="thorough").passed
+    for_blank = Function(lambda x: boxes(x, -1.0) if not bool(x.any()) else boxes(x))
+    wrong = verify(original, for_blank, example(), level="thorough")
+    assert [case.name for case in wrong.cases if case.failures] == ["zeros"]
+
+
+def test_a_model_that_returns_nothing_is_not_asked_to_be_reported() -> None:
+    with pytest.raises(NotEquivalentError, match=r"was not shown to agree.*no tensor with any element") as caught:
+        fuse(Function(lambda x: x[:0]), example())
+    assert "report this" not in str(caught.value)
