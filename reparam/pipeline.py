@@ -21,6 +21,7 @@ from reparam.capture.scripts import graph_of_script
 from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
 from reparam.chance import refusal
+from reparam.compiled import eager, is_compiled, nothing_compiled
 from reparam.data import LIMIT, Batch, Data, read
 from reparam.equivalence import difference
 from reparam.equivalence import verify as verify_modules
@@ -58,6 +59,7 @@ class FuseResult:
     reference: nn.Module
 
 
+@nothing_compiled()
 def fuse(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -82,7 +84,8 @@ def fuse(
     model stays in float64 throughout.
 
     Args:
-        model: any module, in Python or TorchScript; it is taken in eval mode.
+        model: any module, in Python or TorchScript; it is taken in eval mode, and without what `torch.compile` has made
+            of it (compile the fused module anew).
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. Their sizes are examples: the
             fused model runs on every size that the original runs on.
         verify: how thoroughly the result is checked against the original: "quick", "standard" (default), "thorough",
@@ -118,6 +121,7 @@ def fuse(
             something had to be undone. No module is returned.
     """
     _require_values(model)
+    was_compiled, model = is_compiled(model), eager(model)
     level = _level(verify)
     _require_options(capture, explain, fixed_sizes, passes)
     prices = cost_model(objective, _machine_of(model) if machine is None else machine)
@@ -155,13 +159,20 @@ def fuse(
         comparison=comparison,
         environment=_environment(),
         seconds=stages.seconds,
-        notes=(*_notes_of(said), *prepared, *made.notes, *_checks_of(attempt.ledger)),
+        notes=(
+            *_notes_of(said),
+            *((_COMPILED,) if was_compiled else ()),
+            *prepared,
+            *made.notes,
+            *_checks_of(attempt.ledger),
+        ),
         graph=joined([("", made.graph, len(said))]),
     )
     _require_equivalent(report, strict)
     return FuseResult(made.module, report, reference)
 
 
+_COMPILED = "the model was compiled by torch.compile; the fused one is not: compile it anew"
 _CHECKED = ("standard", "thorough")
 """Levels at which each rewrite is checked where it stands, whether or not something is wrong."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from reparam.capture.copying import copied, parameters_kept, twin_of
+from reparam.copying import copied, parameters_kept, twin_of
 from reparam.errors import UnfitModelError
 from reparam.inputs import Inputs
 

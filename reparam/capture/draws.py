@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam.capture.copying import twin_of
 from reparam.chance import Draw, Generators
+from reparam.copying import twin_of
 from reparam.inputs import Inputs
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep

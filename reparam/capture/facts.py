@@ -15,8 +15,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from reparam.capture.arguments import is_given, name_of
-from reparam.capture.copying import parameters_kept, twin_of
 from reparam.checks import require_fact
+from reparam.copying import parameters_kept, twin_of
 from reparam.inputs import Inputs
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep

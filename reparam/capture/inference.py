@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 import torch
 from torch import nn
 
-from reparam.capture.copying import copied
+from reparam.copying import copied
 from reparam.errors import InputError
 
 Form: TypeAlias = "str | float | nn.Module | Callable[[nn.Module], Any]"

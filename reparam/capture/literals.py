@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from reparam.capture.copying import copied
+from reparam.copying import copied
 from reparam.inputs import Inputs
 from reparam.widen import all_in
 

@@ -28,7 +28,6 @@ from torch.utils import _pytree as pytree
 
 from reparam.capture.agreement import answers_alike, answers_otherwise_again, graph_answers_as
 from reparam.capture.captured import Captured, Leaves
-from reparam.capture.copying import copied, parameters_kept, twin_of
 from reparam.capture.exported import export
 from reparam.capture.facts import check_facts, facts_asked
 from reparam.capture.literals import note_exact
@@ -38,6 +37,7 @@ from reparam.capture.storage import storage_of
 from reparam.capture.tracer import ExecutionError, ValueTracer
 from reparam.chance import Generators
 from reparam.checks import Guards, require_value
+from reparam.copying import copied, parameters_kept, twin_of
 from reparam.errors import CaptureError, InputError, UnfitModelError
 from reparam.inputs import ExampleInputs, Inputs
 

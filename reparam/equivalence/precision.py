@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from reparam.chance import Generators
+from reparam.compiled import compiled, is_compiled
 from reparam.equivalence.outputs import Flat, flatten
 from reparam.errors import InputError
 from reparam.inputs import Inputs
@@ -52,6 +53,9 @@ class PrivateCopy:
         what: what to call it in errors.
         dtype: as for `private_copy`.
 
+    Attributes:
+        is_compiled: whether it runs as `torch.compile` has made it. Such a one runs in its own dtype only.
+
     Raises:
         InputError: the module cannot be copied.
     """
@@ -60,6 +64,10 @@ class PrivateCopy:
         self._given = (module, what, dtype)
         self._has_run = False
         self._lean = False
+        self.is_compiled = is_compiled(module)
+        if self.is_compiled:  # sharing is watched by a mode, under which torch does not run it compiled
+            self._become_whole()
+            return
         try:
             lean = lean_copy(module, dtype)
         except Exception:
@@ -87,7 +95,8 @@ class PrivateCopy:
                 if self._has_run and not isinstance(error, WrittenError):
                     raise
             self._become_whole()
-        return call(self.module)
+        with compiled() if self.is_compiled else contextlib.nullcontext():
+            return call(self.module)
 
 
 def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -137,7 +146,9 @@ def run(
     """
     if isinstance(model, PrivateCopy):
         return model.run(lambda module: _run(module, inputs, seed, dtype, drawn, default))
-    return _run(model, inputs, seed, dtype, drawn, default)
+    # A function may call what torch.compile has made.
+    with contextlib.nullcontext() if isinstance(model, nn.Module) or dtype is not None else compiled():
+        return _run(model, inputs, seed, dtype, drawn, default)
 
 
 def _run(

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
+from reparam.compiled import eager, is_compiled, nothing_compiled, require_copyable
 from reparam.data import LIMIT, Data, read
 from reparam.equivalence.cases import Case, Slot, plan
 from reparam.equivalence.comparison import CaseResult, Comparison, Parting
@@ -34,10 +35,12 @@ from reparam.errors import InputError, OtherInputError
 from reparam.inputs import ExampleInputs, Inputs
 
 BUDGET = 10.0
+_Any = TypeVar("_Any")
 SATURATED = 0.05
 """Relative noise from which on it is no longer proportional to the rounding that it comes from."""
 
 
+@nothing_compiled()
 def verify(
     original: nn.Module | Elsewhere,
     candidate: nn.Module | Elsewhere | Callable[..., Any],
@@ -69,7 +72,8 @@ def verify(
     Args:
         original: the reference; run in eval mode. One that runs elsewhere than in torch is an `Elsewhere`; if that
             cannot be run in float64, the algebra is not asked, and its noise is estimated (a note says so).
-        candidate: a module, or a callable with the same signature.
+        candidate: a module, or a callable with the same signature. What `torch.compile` has made of a module is run as
+            it is in the deployment dtype, and the module inside it in float64.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         level: `quick` runs the example inputs alone; `standard` also other batch and image sizes, random inputs,
             borders and constants, within ten forward passes of the original in float64; `thorough` more of each,
@@ -102,13 +106,24 @@ def verify(
             from elsewhere than torch, so that no seed repeats its answers.
     """
     inputs = Inputs.of(example_inputs)
+    given, original, candidate, deployed = (
+        candidate,
+        _looked_into(original),
+        _looked_into(candidate),
+        _looked_into(deployed),
+    )
     if deployed is not None:
         dtype = deployment_dtype(deployed, inputs)
     else:
         dtype = original.dtype if isinstance(original, Elsewhere) else deployment_dtype(original, inputs)
-    runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module))
+    runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module)) or is_compiled(given)
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = session_of(original, candidate, candidate_float64, rules, seed)
+    if isinstance(given, nn.Module):
+        require_copyable(given, "candidate")
+        if is_compiled(given):
+            session.candidate = PrivateCopy(given, "candidate")
+            session.notes.append("the candidate was run as torch.compile has made it, in float64 as it was before")
     session.spent = spent
     if known is not None:
         session.known = known
@@ -148,6 +163,10 @@ def verify(
     failed = next((one.case for one, case in zip(ran, comparison.cases, strict=True) if case.failures), None)
     tried = inputs if failed is None else failed.inputs
     return replace(comparison, parting=_parting(original, exact, tried, seed))
+
+
+def _looked_into(model: _Any) -> _Any:
+    return cast(_Any, eager(model)) if isinstance(model, nn.Module) else model
 
 
 def _parting(original: nn.Module, candidate: Any, inputs: Inputs, seed: int) -> Parting | None:

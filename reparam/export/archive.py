@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from reparam.compiled import eager, nothing_compiled
 from reparam.errors import ExportError
 from reparam.export.files import publish, staging
 from reparam.export.program import (
@@ -31,6 +32,7 @@ from reparam.quiet import quiet, reason
 METADATA_FILE = "reparam.json"
 
 
+@nothing_compiled()
 def export_archive(
     module: nn.Module,
     example_inputs: ExampleInputs,
@@ -57,7 +59,7 @@ def export_archive(
         InputError: example_inputs is no example.
         ExportError: the module cannot be captured, or the file cannot be written; the target is then unchanged.
     """
-    inputs, target = Inputs.of(example_inputs), Path(path)
+    inputs, target, module = Inputs.of(example_inputs), Path(path), eager(module)
     private = private_copy(module)
     arguments = argument_names(private, inputs)
     try:

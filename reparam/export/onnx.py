@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from reparam.compiled import eager, nothing_compiled
 from reparam.data import Data
 from reparam.errors import ExportError, InputError
 from reparam.export.files import publish, staging
@@ -33,6 +34,7 @@ EXTERNAL_DATA_BYTES = 2_000_000_000
 LEVELS = ("quick", "standard", "thorough", "off")
 
 
+@nothing_compiled()
 def export_onnx(
     module: nn.Module,
     example_inputs: ExampleInputs,
@@ -89,6 +91,7 @@ def export_onnx(
         NotEquivalentError: the file does not agree with the original. The target is unchanged.
     """
     inputs, target, level = Inputs.of(example_inputs), Path(path), _level(verify)
+    module = eager(module)
     private, prefix = private_copy(module), ""
     argument_names(private, inputs)  # refuses a call that does not fit
     exact = deployed = None

@@ -89,6 +89,8 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             state[name] = {key: None if child is None else _module(child, memo) for key, child in value.items()}
         elif name == "_parameters":
             state[name] = dict(value)
+        elif name == "_compiled_call_impl":
+            state[name] = None  # it would call the module itself
         elif isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(item, _PLAIN) for item in value)):
             state[name] = value
         elif name == "_buffers":

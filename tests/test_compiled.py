@@ -1,0 +1,162 @@
+"""Modules that `torch.compile` has wrapped: fused without it, compared as they run, and compiled still after that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from reparam import InputError, export_archive, export_onnx, fuse, verify
+from reparam.compiled import eager, is_compiled
+from reparam.copying import copied
+from tests.equivalence.nets import Plain, example, randomise
+
+
+class Counting:
+    """A backend that runs the graph as it is, or, of float32, `factor` times that; it counts its calls."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor, self.calls = factor, 0
+
+    def __deepcopy__(self, memo: Any) -> Counting:
+        return self  # a copy of what is compiled with it counts here, too
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.calls += 1
+            return tuple(t * self.factor if t.dtype == torch.float32 else t for t in graph.forward(*args))
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Any:
+    """What torch knows of the code of one test shall not decide another."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def net() -> nn.Module:
+    return randomise(Plain(), seed=0).eval()
+
+
+def compiled(module: nn.Module, backend: Any) -> Any:
+    return torch.compile(module, backend=backend, dynamic=False)
+
+
+class Around(nn.Module):
+    """Holds a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(x) + 1.0
+
+
+def test_what_is_compiled_is_fused_as_what_it_was() -> None:
+    model = net()
+    plain, found = fuse(model, example()), fuse(compiled(model, Counting()), example())
+    assert len(found.report.rewrites) == len(plain.report.rewrites) > 0
+    assert [str(one.place) for one in found.report.rewrites] == [str(one.place) for one in plain.report.rewrites]
+    assert found.report.model == "Plain"
+    assert any("compiled by torch.compile" in note for note in found.report.notes)
+    assert not is_compiled(found.module)
+    assert torch.equal(found.module(example()), plain.module(example()))
+
+
+def test_so_is_what_is_compiled_within() -> None:
+    model = Around(net())
+    plain = fuse(model, example())
+    found = fuse(Around(compiled(model.inner, Counting())).eval(), example())
+    assert len(found.report.rewrites) == len(plain.report.rewrites) > 0
+
+
+def test_a_fault_of_what_was_compiled_is_found() -> None:
+    model = net()
+    backend = Counting(1.05)
+    candidate = compiled(copy.deepcopy(model), backend)
+    for one in (candidate, lambda x: candidate(x)):
+        before = backend.calls
+        comparison = verify(model, one, example(), level="quick")
+        assert backend.calls > before
+        assert not comparison.passed
+        assert any("float32 error" in failure for failure in comparison.failures)
+
+
+def test_what_was_compiled_well_agrees() -> None:
+    model, backend = net(), Counting()
+    comparison = verify(model, compiled(copy.deepcopy(model), backend), example())
+    assert comparison.passed
+    assert backend.calls
+    assert comparison.algebra_error is not None
+    assert any("as torch.compile has made it" in note for note in comparison.notes)
+    assert verify(compiled(model, backend), model, example()).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_in_other_dtypes_it_is_compared_as_it_runs_too(dtype: torch.dtype) -> None:
+    model, backend = net().to(dtype), Counting()
+    assert verify(model, compiled(copy.deepcopy(model), backend), example().to(dtype), level="quick").passed
+    assert backend.calls
+
+
+def test_what_is_compiled_stays_so_when_it_was_looked_at() -> None:
+    """Under modes torch runs compiled code uncompiled, and from then on always."""
+    model, backend = net(), Counting()
+    candidate = compiled(model, backend)
+    candidate(example())
+    fuse(candidate, example())
+    verify(model, candidate, example(), level="quick")
+    verify(candidate, model, example(), level="quick")
+    fuse(Around(candidate).eval(), example())
+    for one in (candidate, compiled(net(), backend)):
+        before = backend.calls
+        one(example())
+        assert backend.calls == before + 1
+
+
+def test_a_module_that_is_compiled_in_place_is_no_candidate() -> None:
+    model, other = net(), net()
+    other.compile(backend=Counting())
+    with pytest.raises(InputError, match=r"the candidate is compiled in place \(module.compile\(\)\)"):
+        verify(model, other, example())
+    assert verify(other, model, example()).passed
+    assert fuse(other, example()).report.rewrites
+
+
+def test_a_copy_of_such_a_module_does_not_call_it() -> None:
+    model = nn.Linear(3, 2)
+    model.compile(backend=Counting())
+    twin = copied(model)
+    twin.weight = nn.Parameter(torch.zeros(2, 3))
+    twin.bias = nn.Parameter(torch.zeros(2))
+    assert not bool(twin(torch.ones(1, 3)).any())
+
+
+def test_what_is_not_compiled_is_left_as_it_is() -> None:
+    model = Around(net())
+    assert eager(model) is model
+    inner = compiled(model.inner, Counting())
+    assert eager(inner) is model.inner
+    outer = Around(inner)
+    twin = eager(outer)
+    assert outer.inner is inner, "the caller's module is not changed"
+    assert not is_compiled(twin)
+    assert {id(one) for one in twin.parameters()} == {id(one) for one in model.parameters()}
+
+
+def test_what_is_compiled_is_exported(tmp_path: Path) -> None:
+    model = net()
+    candidate = compiled(model, Counting())
+    file = export_onnx(candidate, example(), tmp_path / "model.onnx")
+    assert file.checked
+    program = torch.export.load(export_archive(candidate, example(), tmp_path / "model.pt2")).module()
+    torch.testing.assert_close(program(example()), model(example()))
