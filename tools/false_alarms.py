@@ -9,10 +9,11 @@ has raised an alarm (the model was refused, or a rewrite undone), the alarm was 
 alarm was right, and if there was none, a fault was missed. An original that overflows, or whose own rounding noise in a
 dtype is as large as its answers, is counted apart: nothing can be told there, whoever asks.
 
-Weights are random, BatchNorms are calibrated, images as small as 64 x 64 where the model takes them. The smallest model
-of each family goes first, then the others, by size. Results go to `false_alarms.json` and `.md`: a run that was stopped
-goes on where it was, unless the engine has changed since. With `--keep-older` rows of an older engine stay, and the
-table says so. Exit status 1 if there is an alarm or a missed fault.
+A model that is, attribute by attribute, the network of another one under another name (`same_network.py`) is not run
+again, and is counted apart. Weights are random, BatchNorms are calibrated, images as small as 64 x 64 where the model
+takes them. The smallest model of each family goes first, then the others, by size. Results go to `false_alarms.json`
+and `.md`: a run that was stopped goes on where it was, unless the engine has changed since. With `--keep-older` rows of
+an older engine stay, and the table says so. Exit status 1 if there is an alarm or a missed fault.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +39,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from tools import sweep, timm_zoo  # noqa: E402
+from tools import same_network, sweep, timm_zoo  # noqa: E402
 from tools.layer_counts import errors, output_of  # noqa: E402
 from tools.record import engine_revision, first_line, write  # noqa: E402
 
@@ -227,6 +228,13 @@ def in_turn(sizes: Mapping[str, int], most: float) -> list[str]:
     return [*first.values(), *(name for _, name in by_size if name not in first.values())]
 
 
+def same(rows: Collection[Row], facts: Mapping[str, Any]) -> dict[str, str]:
+    """The models without a row that need not be asked: by name, that of a row which is the same network."""
+    tried = {row.model for row in rows}
+    found = same_network.same_as(facts["networks"], {row.model for row in rows if not row.error})
+    return {name: other for name, other in found.items() if name not in tried}
+
+
 def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
     """The totals, the closest calls, and one line for each alarm."""
     dtypes = [dtype for dtype in DTYPES if any(dtype in row.verdicts for row in rows)]
@@ -239,7 +247,9 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         *sweep.engines(rows),
         f"{len(rows)} of timm's {len(facts['sizes'])} models were tried, of "
         f"{len({row.family for row in rows if not row.error})} families, up to "
-        f"{max((row.parameters for row in rows), default=0) / 1e6:.0f} million parameters. "
+        f"{max((row.parameters for row in rows), default=0) / 1e6:.0f} million parameters. {len(same(rows, facts))} "
+        "others are, attribute by attribute, the network of one of these under another name (`tools/same_network.py`), "
+        "and were not run. "
         f"{sum(row.exact for row in rows)} fused models are exact in float64 by this script's own comparison "
         f"({_bounds(rows)}), and {sum(bool(row.error) for row in rows)} could not be asked. Drowned: exact, but the "
         f"original's own rounding noise in that dtype is {DROWNED:.0%} of its answers or more, or it overflows, so "
@@ -319,9 +329,9 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def _sizes_on_file(path: Path, timm_version: str) -> dict[str, int]:
+def _on_file(path: Path, timm_version: str, key: str) -> dict[str, Any]:
     held = json.loads(path.read_text()) if path.exists() else {}
-    return dict(held.get("sizes", {})) if held.get("timm") == timm_version else {}
+    return dict(held.get(key, {})) if held.get("timm") == timm_version else {}
 
 
 def main() -> int:
@@ -332,19 +342,23 @@ def main() -> int:
     start = time.monotonic()
     timm_version = timm_zoo.import_timm().__version__
     path = args.out / "false_alarms.json"
-    known = _sizes_on_file(path, timm_version) or sizes(args.jobs)
+    known = _on_file(path, timm_version, "sizes") or sizes(args.jobs)
+    networks = _on_file(path, timm_version, "networks") or same_network.fingerprints([*known], args.jobs)
     facts = {
         "reparam": engine_revision(),
         "torch": torch.__version__,
         "timm": timm_version,
         "hardware": hardware_name(torch.device("cpu")),
         "sizes": known,
+        "networks": networks,
     }
     rows = sweep.kept(sweep.load_rows(path, facts["reparam"], Row, args.keep_older), args)
     names = sweep.missing(in_turn(known, args.most_parameters), rows, args)
 
     def in_time() -> Iterator[str]:
         for name in names:
+            if name in same(rows.values(), facts):
+                continue
             if time.monotonic() - start < args.seconds:
                 yield name
 

@@ -163,18 +163,31 @@ def create_small(
     name: str, *, seed: int = 0, lively: bool = False, norms: bool = True
 ) -> tuple[nn.Module, torch.Tensor]:
     """The model as `create` makes it, and two images: small ones, if the model takes them."""
+    *smaller, (own, settings) = small_sizes(name)
+    for size, built_for in smaller:
+        # It does not take a size, or the image was too small.
+        with contextlib.suppress(RuntimeError, AssertionError, ValueError, TypeError):
+            return _created_at(name, size, seed, lively, norms, **built_for)
+    return _created_at(name, own, seed, lively, norms, **settings)
+
+
+def small_sizes(name: str) -> list[tuple[tuple[int, ...], dict[str, int]]]:
+    """Sizes of an image (channels first) to try in turn, the model's own last, each with what it is then built with."""
     config = import_timm().get_pretrained_cfg(name)
     own = tuple(config.input_size)
     sizes = [(own[0], side, side) for side in SMALL if side < own[1]]
     if not config.fixed_input_size and config.min_input_size is not None:
         sizes.append(tuple(config.min_input_size))
-    for size in sizes:
-        # A model for one size only is built for the small one where its constructor can.
-        built_for = {"img_size": size[1]} if config.fixed_input_size else {}
-        # It does not take a size, or the image was too small.
-        with contextlib.suppress(RuntimeError, AssertionError, ValueError, TypeError):
-            return _created_at(name, size, seed, lively, norms, **built_for)
-    return _created_at(name, own, seed, lively, norms)
+    # A model for one size only is built for the small one where its constructor can.
+    return [*((size, {"img_size": size[1]} if config.fixed_input_size else {}) for size in sizes), (own, {})]
+
+
+def create_plain(name: str, size: tuple[int, ...], **kwargs: Any) -> nn.Module:
+    """The model as timm makes it, for images of a size (channels first)."""
+    model: nn.Module = import_timm().create_model(
+        name, pretrained=False, pretrained_cfg_overlay={"input_size": size}, **kwargs
+    )
+    return model
 
 
 def _created_at(

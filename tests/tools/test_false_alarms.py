@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tools import false_alarms
-from tools.false_alarms import Row, in_turn, markdown
+from tools.false_alarms import Row, in_turn, markdown, same
 
 
 def verdict(passed: bool | None = True, undone: int = 0, noise: float | None = 1e-6, said: str = "") -> dict[str, Any]:
@@ -87,9 +87,13 @@ def test_table_counts_and_lists_what_does_not_agree() -> None:
         Row("b", "f", parameters=20, float64_error=1e-12, verdicts={"float32": verdict(False, said="too | far")}),
         Row("c", "f", error="it was killed"),
     ]
-    facts = {"torch": "2", "timm": "1", "reparam": "abc", "hardware": "a processor", "sizes": {"a": 1, "b": 2, "c": 3}}
+    facts: dict[str, Any] = {"torch": "2", "timm": "1", "reparam": "abc", "hardware": "a processor"}
+    facts["sizes"] = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 6}
+    facts["networks"] = {"a": "one", "b": "two", "c": "one", "d": "two", "e": None, "f": "three"}
     text = markdown(rows, facts)
-    assert "3 of timm's 3 models were tried" in text
+    assert "3 of timm's 6 models were tried" in text
+    assert same(rows, facts) == {"d": "b"}
+    assert "1 others are, attribute by attribute, the network of one of these" in text
     assert "| float32 | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 2 | 0.4 | 10 |" in text
     assert "- b, float32: false alarm (float64 error 1.0e-12, the original's noise 1e-06): too / far" in text
     assert "- c: it was killed" in text
