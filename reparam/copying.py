@@ -10,28 +10,24 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from reparam.errors import UnfitModelError
 from reparam.lazy import Guarded, WrittenError, results_held
 from reparam.quiet import without_copying_warnings
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, type)
-# Classes of torch repair old pickles in __setstate__; on a live module that changes nothing.
-_TORCH_SETSTATES = tuple(
-    {
-        base.__setstate__
-        for base in (*vars(nn.modules).values(), *vars(nn).values())
-        if isinstance(base, type) and issubclass(base, nn.Module)
-    }
-)
 
 
 def copied(model: nn.Module) -> nn.Module:
     """A copy of `model` with the same `Parameter` objects; buffers and everything else are new.
+
+    Nothing in it is compiled by `torch.compile`.
 
     Raises:
         Exception: whatever `copy.deepcopy` raises for an attribute that cannot be copied.
@@ -78,6 +74,9 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         made: nn.Module = memo[id(module)]
         return made
+    if isinstance(module, OptimizedModule):
+        memo[id(module)] = _module(module._orig_mod, memo)
+        return _module(module, memo)
     if not _is_usual(type(module)):
         with without_copying_warnings():
             return copy.deepcopy(module, memo)
@@ -90,7 +89,11 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif name == "_parameters":
             state[name] = dict(value)
         elif name == "_compiled_call_impl":
-            state[name] = None  # it would call the module itself
+            state[name] = None  # it would call the module itself, as would the forward that is compiled here:
+        elif name == "forward" and has_compiled_forward(module):
+            method = value._torchdynamo_orig_callable
+            if method.__func__ is not type(module).forward:
+                state[name] = MethodType(method.__func__, twin)
         elif isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(item, _PLAIN) for item in value)):
             state[name] = value
         elif name == "_buffers":
@@ -100,6 +103,12 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         else:
             state[name] = copy.deepcopy(value, memo)
     return twin
+
+
+def has_compiled_forward(module: nn.Module) -> bool:
+    """Whether the module's own forward was put in its place as `torch.compile` has made it."""
+    method = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+    return isinstance(method, MethodType) and method.__self__ is module
 
 
 def _buffer(buffer: Any, memo: dict[int, Any]) -> Any:
@@ -115,9 +124,15 @@ def _is_usual(cls: type[nn.Module]) -> bool:
     """Whether the class leaves copying to Python's defaults."""
     return (
         not hasattr(cls, "__deepcopy__")
-        and cls.__setstate__ in _TORCH_SETSTATES
+        and _sets_state_as_torch_does(cls)
         and cls.__reduce_ex__ is object.__reduce_ex__
         and cls.__reduce__ is object.__reduce__
         and getattr(cls, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
         and not hasattr(cls, "__slots__")
     )
+
+
+def _sets_state_as_torch_does(cls: type[nn.Module]) -> bool:
+    """Classes of torch repair old pickles in __setstate__; on a live module that changes nothing."""
+    owner = next(base for base in cls.__mro__ if "__setstate__" in vars(base))
+    return owner.__module__.startswith("torch.nn.modules.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from reparam import InputError, export_archive, export_onnx, fuse, verify
-from reparam.compiled import eager, is_compiled
+from reparam.compiled import eager, is_compiled, nothing_compiled
 from reparam.copying import copied
 from tests.equivalence.nets import Plain, example, randomise
 
@@ -123,13 +124,124 @@ def test_what_is_compiled_stays_so_when_it_was_looked_at() -> None:
         assert backend.calls == before + 1
 
 
-def test_a_module_that_is_compiled_in_place_is_no_candidate() -> None:
-    model, other = net(), net()
-    other.compile(backend=Counting())
-    with pytest.raises(InputError, match=r"the candidate is compiled in place \(module.compile\(\)\)"):
-        verify(model, other, example())
+def in_place(model: nn.Module, backend: Any) -> nn.Module:
+    model.compile(backend=backend, dynamic=False)
+    return model
+
+
+def in_its_forward(model: nn.Module, backend: Any) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend=backend, dynamic=False)
+    return model
+
+
+@pytest.mark.parametrize("way", [in_place, in_its_forward, compiled])
+def test_every_way_to_compile_is_compared_as_it_runs(way: Callable[..., nn.Module]) -> None:
+    model, good, bad = net(), Counting(), Counting(1.05)
+    other = way(copy.deepcopy(model), good)
+    assert verify(model, other, example(), level="quick").passed
+    assert good.calls
     assert verify(other, model, example()).passed
-    assert fuse(other, example()).report.rewrites
+    found = fuse(other, example())
+    assert found.report.rewrites
+    assert any("compiled by torch.compile" in note for note in found.report.notes)
+    assert not verify(model, way(copy.deepcopy(model), bad), example(), level="quick").passed
+
+
+BACKEND = Counting(1.05)
+
+
+@torch.compile(backend=BACKEND, dynamic=False)
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2.0
+
+
+class Calling(nn.Module):
+    """Calls a function that is compiled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return doubled(x) + 1.0
+
+
+class Doubling(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2.0
+
+
+class Keeping(nn.Module):
+    """Keeps a module where it is no child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [compiled(Doubling(), BACKEND)]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.kept[0](x) + 1.0
+
+
+class Plainly(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2.0 + 1.0
+
+
+@pytest.mark.parametrize("kind", [Calling, Keeping])
+def test_what_a_module_calls_is_run_as_it_is_compiled(kind: type[nn.Module]) -> None:
+    before = BACKEND.calls
+    comparison = verify(Plainly(), kind(), example(), level="quick")
+    assert BACKEND.calls > before
+    assert not comparison.passed
+    assert any("as torch.compile has made it" in note for note in comparison.notes)
+
+
+def test_a_compiled_module_is_put_back_when_it_was_run() -> None:
+    model = net()
+    other = compiled(copy.deepcopy(model).train(), Counting())
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert verify(model, other, example(), level="quick").passed
+    assert all(part.training for part in other.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_what_torch_compiles_no_more_fails() -> None:
+    """It has a limit for the code of a class, beyond which it runs eager code without a word."""
+    models = [(net(), Counting(1.05)) for _ in range(torch._dynamo.config.recompile_limit + 2)]
+    for model, backend in models:
+        assert not verify(net(), compiled(model, backend), example(), level="quick").passed
+
+
+def test_hooks_on_what_was_compiled_are_not_lost() -> None:
+    candidate = compiled(net(), Counting())
+    candidate.register_forward_hook(lambda module, inputs, output: output * 2.0)
+    for ask in (lambda: fuse(candidate, example()), lambda: verify(net(), Around(candidate), example())):
+        with pytest.raises(InputError, match="has forward hooks"):
+            ask()
+
+
+def test_what_is_shared_stays_shared() -> None:
+    inner = nn.Linear(3, 3)
+    block = Around(compiled(inner, Counting()))
+    twin = eager(nn.Sequential(compiled(block, Counting()), block))
+    assert isinstance(twin, nn.Sequential)
+    assert twin[0] is twin[1]
+    assert twin[0].inner.weight is inner.weight
+
+
+def test_two_threads_leave_torch_as_it_was() -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with nothing_compiled():
+            entered.set()
+            left.wait(10.0)
+
+    thread = threading.Thread(target=other)
+    with nothing_compiled():
+        thread.start()
+        entered.wait(10.0)
+    left.set()
+    thread.join()
+    backend = Counting()
+    compiled(net(), backend)(example())
+    assert backend.calls == 1
 
 
 def test_a_copy_of_such_a_module_does_not_call_it() -> None:

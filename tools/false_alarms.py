@@ -343,7 +343,7 @@ def main() -> int:
     timm_version = timm_zoo.import_timm().__version__
     path = args.out / "false_alarms.json"
     known = _on_file(path, timm_version, "sizes") or sizes(args.jobs)
-    networks = _on_file(path, timm_version, "networks") or same_network.fingerprints([*known], args.jobs)
+    networks = _on_file(path, timm_version, "networks") or same_network.fingerprints(known, args.jobs)
     facts = {
         "reparam": engine_revision(),
         "torch": torch.__version__,

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
@@ -39,18 +39,18 @@ def fingerprint(name: str) -> tuple[str, str | None]:
                 continue
         try:
             with _weights_without_values():
-                text = f"{size} {_described(timm_zoo.create_plain(name, size, **settings).eval(), set())}"
+                text = f"{size} {_described(timm_zoo.create_plain(name, size, **settings).eval(), {})}"
         except Exception:  # a constructor that needs the values of its weights
             return name, None
         return name, hashlib.sha256(text.encode()).hexdigest()[:16]
     return name, None
 
 
-def fingerprints(names: list[str], jobs: int) -> dict[str, str | None]:
+def fingerprints(names: Iterable[str], jobs: int) -> dict[str, str | None]:
     """Those of several models."""
     print("describing every model, to know which are the same network", flush=True)
     with get_context("spawn").Pool(jobs) as pool:
-        return dict(pool.imap_unordered(fingerprint, names, chunksize=8))
+        return dict(sorted(pool.imap_unordered(fingerprint, names, chunksize=4)))
 
 
 def same_as(digests: Mapping[str, str | None], asked: set[str]) -> dict[str, str]:
@@ -75,35 +75,35 @@ def _weights_without_values() -> Iterator[None]:
         yield
 
 
-def _described(value: Any, within: set[int]) -> str:
-    """Everything that decides what a value does, as text."""
+def _described(value: Any, known: dict[int, str]) -> str:
+    """Everything that decides what a value does, as text; `known` are the containers that were seen, by their id."""
     if isinstance(value, torch.Tensor):
-        values = (
-            ""
-            if value.is_meta
-            else hashlib.sha256(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy()).hexdigest()
-        )
-        return f"{value.dtype}{tuple(value.shape)}{values}"
+        flat = None if value.is_meta else value.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
+        return f"{value.dtype}{tuple(value.shape)}{'' if flat is None else hashlib.sha256(flat).hexdigest()}"
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, types.MethodType):
         return _named(value.__func__)
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
         return _named(value)
-    if id(value) in within:
-        return "itself"
-    inside = within | {id(value)}
-    name = _named(type(value))
+    if id(value) not in known:
+        known[id(value)] = f"number {len(known)}"  # what it is called where it holds itself
+        text = f"{_named(type(value))}{[(key, _described(one, known)) for key, one in _held(value)]}"
+        known[id(value)] = hashlib.sha256(text.encode()).hexdigest()
+    return known[id(value)]
+
+
+def _held(value: Any) -> list[tuple[str, Any]]:
+    """What a container or an object holds, by key."""
     if isinstance(value, functools.partial):
-        return f"{name}{[_described(one, inside) for one in (value.func, value.args, value.keywords)]}"
+        return [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
     if isinstance(value, Mapping):
-        return f"{name}{[(repr(key), _described(one, inside)) for key, one in value.items()]}"
+        return [(repr(key), one) for key, one in value.items()]
     if isinstance(value, (list, tuple)):
-        return f"{name}{[_described(one, inside) for one in value]}"
+        return [(str(index), one) for index, one in enumerate(value)]
     if isinstance(value, (set, frozenset)):
-        return f"{name}{sorted(_described(one, inside) for one in value)}"
-    held = {key: one for key, one in sorted(getattr(value, "__dict__", {}).items()) if key not in _ABOUT_WEIGHTS}
-    return f"{name}{[(key, _described(one, inside)) for key, one in held.items()]}"
+        return [(one, None) for one in sorted(map(repr, value))]
+    return [(key, one) for key, one in sorted(getattr(value, "__dict__", {}).items()) if key not in _ABOUT_WEIGHTS]
 
 
 def _named(value: Any) -> str:

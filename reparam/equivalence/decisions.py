@@ -75,7 +75,7 @@ def with_decisions(
     own = [noises.get(one.figures.name, []) for one in asked]
     if original is None or not failing or not all(own):
         return ran
-    if not isinstance(session.candidate, PrivateCopy) or session.candidate.is_compiled:
+    if not isinstance(session.candidate, PrivateCopy):
         return ran  # its operands cannot be moved
     if not all(one.figures.name in ill and _errs_as_deployed_alone(one, session) for one in failing):
         return ran

@@ -130,10 +130,11 @@ def _lack_of_evidence(run: Sequence[CaseResult], outputs: Sequence[OutputCompari
     untold = [f"{case.name}: {output.untold}" for case in run for output in case.outputs if output.untold]
     if untold:
         return tuple(untold)
-    drowned = [output.name for output in run[0].outputs if output.numeric_ratio is not None and _hopeless(output)]
+    first = next(case for case in run if any(output.elements for output in case.outputs))
+    drowned = [output.name for output in first.outputs if output.numeric_ratio is not None and _hopeless(output)]
     if drowned:
         return (
-            f"{drowned[0]}: the original's own rounding noise on {run[0].name} is so large that nothing can be told",
+            f"{drowned[0]}: the original's own rounding noise on {first.name} is so large that nothing can be told",
         )
     by_name: dict[str, int] = {}
     for output in outputs:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from reparam.chance import Generators
-from reparam.compiled import compiled, is_compiled
+from reparam.compiled import compiled
 from reparam.equivalence.outputs import Flat, flatten
 from reparam.errors import InputError
 from reparam.inputs import Inputs
@@ -53,9 +53,6 @@ class PrivateCopy:
         what: what to call it in errors.
         dtype: as for `private_copy`.
 
-    Attributes:
-        is_compiled: whether it runs as `torch.compile` has made it. Such a one runs in its own dtype only.
-
     Raises:
         InputError: the module cannot be copied.
     """
@@ -64,10 +61,6 @@ class PrivateCopy:
         self._given = (module, what, dtype)
         self._has_run = False
         self._lean = False
-        self.is_compiled = is_compiled(module)
-        if self.is_compiled:  # sharing is watched by a mode, under which torch does not run it compiled
-            self._become_whole()
-            return
         try:
             lean = lean_copy(module, dtype)
         except Exception:
@@ -95,8 +88,7 @@ class PrivateCopy:
                 if self._has_run and not isinstance(error, WrittenError):
                     raise
             self._become_whole()
-        with compiled() if self.is_compiled else contextlib.nullcontext():
-            return call(self.module)
+        return call(self.module)
 
 
 def private_copy(module: nn.Module, what: str, dtype: torch.dtype | None = None) -> nn.Module:

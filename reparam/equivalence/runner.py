@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from reparam.compiled import eager, is_compiled, nothing_compiled, require_copyable
+from reparam.compiled import as_deployed, calls_compiled, eager, nothing_compiled
 from reparam.data import LIMIT, Data, read
 from reparam.equivalence.cases import Case, Slot, plan
 from reparam.equivalence.comparison import CaseResult, Comparison, Parting
@@ -67,13 +67,15 @@ def verify(
     Two questions, kept apart. *Algebra*: both run in float64 and agree to `algebra_tolerance`, scaled per tensor and
     per channel. *Numeric*: in the deployment dtype, the candidate's error against the float64 truth is at most
     `noise_factor` times the original's own, by the rule in `judge.py`. A candidate that is no `nn.Module`
-    (a runtime session) is asked the second question only. The caller's modules are never changed or run.
+    (a runtime session) is asked the second question only. The caller's modules are never
+    changed, and only one that is compiled is run itself.
 
     Args:
         original: the reference; run in eval mode. One that runs elsewhere than in torch is an `Elsewhere`; if that
             cannot be run in float64, the algebra is not asked, and its noise is estimated (a note says so).
         candidate: a module, or a callable with the same signature. What `torch.compile` has made of a module is run as
-            it is in the deployment dtype, and the module inside it in float64.
+            it is in the deployment dtype, and the module inside it in float64. Such a
+            module is itself called, in eval mode; its modes and buffers are put back.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         level: `quick` runs the example inputs alone; `standard` also other batch and image sizes, random inputs,
             borders and constants, within ten forward passes of the original in float64; `thorough` more of each,
@@ -112,18 +114,17 @@ def verify(
         _looked_into(candidate),
         _looked_into(deployed),
     )
+    made = given if isinstance(given, nn.Module) and calls_compiled(given) else None
     if deployed is not None:
         dtype = deployment_dtype(deployed, inputs)
     else:
         dtype = original.dtype if isinstance(original, Elsewhere) else deployment_dtype(original, inputs)
-    runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module)) or is_compiled(given)
+    runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module)) or made is not None
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = session_of(original, candidate, candidate_float64, rules, seed)
-    if isinstance(given, nn.Module):
-        require_copyable(given, "candidate")
-        if is_compiled(given):
-            session.candidate = PrivateCopy(given, "candidate")
-            session.notes.append("the candidate was run as torch.compile has made it, in float64 as it was before")
+    if made is not None:
+        session.candidate = as_deployed(made)
+        session.notes.append("the candidate was run as torch.compile has made it, in float64 as it was before")
     session.spent = spent
     if known is not None:
         session.known = known

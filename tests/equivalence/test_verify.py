@@ -334,3 +334,13 @@ def test_a_model_that_returns_nothing_is_not_asked_to_be_reported() -> None:
     with pytest.raises(NotEquivalentError, match=r"was not shown to agree.*no tensor with any element") as caught:
         fuse(Function(lambda x: x[:0]), example())
     assert "report this" not in str(caught.value)
+
+
+def test_noise_that_tells_nothing_is_seen_behind_an_empty_example() -> None:
+    original = Function(lambda x: (x[x > 0.5] * 0.05 + 1e6) - 1e6)
+    low, high = example() * 0.01, example()
+    assert original(low).numel() == 0
+    for data in ([high], [low, high]):
+        comparison = verify(original, lambda x: 1.3 * original(x), low, level="quick", data=data)
+        assert not comparison.passed
+        assert any("so large that nothing can be told" in failure for failure in comparison.failures)

@@ -29,7 +29,7 @@ class Gate(nn.Module):
 def test_everything_that_decides_is_described(other: dict[str, Any]) -> None:
     def described(**settings: Any) -> str:
         with _weights_without_values():
-            return _described(Gate(**settings), set())
+            return _described(Gate(**settings), {})
 
     assert described() == described()
     assert described() != described(**other)
