@@ -27,7 +27,9 @@ from reparam.errors import InputError
 def is_compiled(module: object) -> bool:
     """Whether `torch.compile` has wrapped the module or one in it, or has made their calls or forwards."""
     return isinstance(module, nn.Module) and any(
-        isinstance(part, OptimizedModule) or part._compiled_call_impl is not None or has_compiled_forward(part)
+        isinstance(part, OptimizedModule)
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or has_compiled_forward(part)
         for part in module.modules()
     )
 
@@ -43,7 +45,7 @@ def _reached(part: nn.Module) -> Iterator[Any]:
         yield value
         if isinstance(value, (list, tuple, dict)):
             yield from value.values() if isinstance(value, dict) else value
-    forward = type(part).forward
+    forward = getattr(type(part), "forward", None)
     if isinstance(forward, FunctionType):
         yield from (forward.__globals__.get(name) for name in forward.__code__.co_names)
 
