@@ -78,3 +78,10 @@ class Inputs:
         fresh = self.clone()
         with torch.no_grad():
             return function(*fresh.args, **fresh.kwargs)
+
+
+def not_dense(tensor: torch.Tensor) -> str | None:
+    """What a tensor is, if it is no dense one: nothing here compares or stores others."""
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.")

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from reparam.copying import copied, parameters_kept, twin_of
 from reparam.errors import UnfitModelError
-from reparam.inputs import Inputs
+from reparam.inputs import Inputs, not_dense
 
 CALLS = 3
 # In units of the machine precision of the output: a repeated run is nearly always exactly equal.
@@ -75,7 +75,14 @@ def _answer(module: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
     """What the module returns, copied; the random state is the same each time and left as it was."""
     with torch.random.fork_rng(devices=[]), parameters_kept(module):
         torch.manual_seed(seed)
-        return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs.call(module))
+        answer = inputs.call(module)
+    for leaf in pytree.tree_leaves(answer):
+        kind = not_dense(leaf) if isinstance(leaf, torch.Tensor) else None
+        if kind is not None:
+            raise UnfitModelError(
+                f"{type(module).__name__} returns a {kind} tensor, which cannot be compared; return a dense one"
+            )
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), answer)
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -39,7 +39,7 @@ from reparam.chance import Generators
 from reparam.checks import Guards, require_value
 from reparam.copying import copied, parameters_kept, twin_of
 from reparam.errors import CaptureError, InputError, UnfitModelError
-from reparam.inputs import ExampleInputs, Inputs
+from reparam.inputs import ExampleInputs, Inputs, not_dense
 
 __all__ = ["capture", "private_copy", "require_value"]
 
@@ -96,10 +96,9 @@ def _check_tensors(model: nn.Module, inputs: Inputs) -> None:
     if lazy:
         raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
     for name, tensor in (*held.items(), *(("an example input", tensor) for tensor in inputs.tensors())):
-        if not is_lazy(tensor) and tensor.layout is not torch.strided:
-            raise InputError(
-                f"{name} is a {str(tensor.layout).removeprefix('torch.')} tensor; make it a dense one, with .to_dense()"
-            )
+        kind = None if is_lazy(tensor) else not_dense(tensor)
+        if kind is not None:
+            raise InputError(f"{name} is a {kind} tensor; make it a dense one, with .to_dense()")
     first = {tensor.device: name for name, tensor in reversed(held.items())}
     if len(first) > 1:
         where = " and ".join(f"{name} on {device}" for device, name in [*first.items()][-2:])

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from reparam.errors import InputError
+from reparam.inputs import not_dense
+
 
 @dataclass(frozen=True)
 class Flat:
@@ -37,6 +40,9 @@ def flatten(value: Any, root: str = "output") -> Flat:
     """Flattens tuples, lists, dicts, named tuples, dataclasses and whatever else is registered with pytree.
 
     Python floats become float64 tensors of shape []: they are results that are computed, and carry rounding noise.
+
+    Raises:
+        InputError: a tensor is sparse or nested.
     """
     leaves: dict[str, Any] = {}
     containers: dict[str, str] = {}
@@ -85,6 +91,9 @@ def renamed(found: Flat, expected: Flat) -> Flat:
 
 def _walk(value: Any, name: str, leaves: dict[str, Any], containers: dict[str, str]) -> None:
     if isinstance(value, torch.Tensor):
+        kind = not_dense(value)
+        if kind is not None:
+            raise InputError(f"{name} is a {kind} tensor, which cannot be compared; return a dense one")
         leaves[name] = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
         return
     if isinstance(value, float):

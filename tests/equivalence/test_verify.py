@@ -15,7 +15,7 @@ from torch import nn
 
 from reparam import fuse
 from reparam.equivalence import Comparison, compare_outputs, verify
-from reparam.errors import InputError, NotEquivalentError
+from reparam.errors import CaptureError, InputError, NotEquivalentError
 from tests.equivalence.nets import Plain, TwoOutputs, example, folded, randomise
 
 
@@ -344,3 +344,20 @@ def test_noise_that_tells_nothing_is_seen_behind_an_empty_example() -> None:
         comparison = verify(original, lambda x: 1.3 * original(x), low, level="quick", data=data)
         assert not comparison.passed
         assert any("so large that nothing can be told" in failure for failure in comparison.failures)
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [("sparse_coo", lambda x: x.to_sparse()), ("nested", lambda x: torch.nested.as_nested_tensor(list(x)))],
+    ids=["sparse", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_results_that_are_not_dense_are_refused_in_a_sentence(kind: str, made: Any) -> None:
+    model = Function(made)
+    with pytest.raises(InputError, match=f"output is a {kind} tensor, which cannot be compared"):
+        verify(model, copy.deepcopy(model), example())
+    with pytest.raises(CaptureError, match=f"returns a {kind} tensor, which cannot be compared"):
+        fuse(model, example())
+    dense = verify(Function(lambda x: x), model, example())
+    assert not dense.passed
+    assert any(kind in failure for failure in dense.failures)
