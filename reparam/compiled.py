@@ -64,6 +64,9 @@ def eager(module: nn.Module) -> nn.Module:
     Raises:
         InputError: a wrapper has hooks, which the module inside has not.
     """
+    given: object = module
+    if not isinstance(given, nn.Module):
+        return module  # others say what is wrong with it
     for path, part in module.named_modules():
         if isinstance(part, OptimizedModule) and (part._forward_hooks or part._forward_pre_hooks):
             where = f" at {path}" if path else ""
@@ -110,7 +113,7 @@ def as_deployed(module: nn.Module) -> Callable[..., Any]:
 @contextmanager
 def _put_back(module: nn.Module) -> Iterator[None]:
     training = [part for part in module.modules() if part.training]
-    before = [(buffer, buffer.clone(), buffer._version) for buffer in module.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     for part in training:
         part.training = False
     try:
@@ -119,30 +122,29 @@ def _put_back(module: nn.Module) -> Iterator[None]:
         for part in training:
             part.training = True
         with torch.no_grad():
-            for buffer, value, version in before:
-                if buffer._version != version:
+            for buffer, value in before:
+                if not bool(((buffer == value) | ((buffer != buffer) & (value != value))).all()):
                     buffer.copy_(value)
 
 
 _LOCK = threading.Lock()
-_LOOKING: list[ExitStack] = []
-"""One for each thread that looks; torch's stance is that of the whole process, and the last one puts it back."""
+_LOOKING: list[int] = []
+"""The threads that look; torch's stance is that of the whole process, and the last of them puts it back."""
 _BEFORE = ExitStack()
 
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
     """Within it what is compiled runs as if it were not."""
-    mine = ExitStack()
     with _LOCK:
         if not _LOOKING:
             _BEFORE.enter_context(torch.compiler.set_stance("force_eager"))
-        _LOOKING.append(mine)
+        _LOOKING.append(threading.get_ident())
     try:
         yield
     finally:
         with _LOCK:
-            _LOOKING.remove(mine)
+            _LOOKING.remove(threading.get_ident())
             if not _LOOKING:
                 _BEFORE.close()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam import InputError, export_archive, export_onnx, fuse, verify
+from reparam import InputError, ReparamError, export_archive, export_onnx, fuse, verify
 from reparam.compiled import eager, is_compiled, nothing_compiled
 from reparam.copying import copied
 from tests.equivalence.nets import Plain, example, randomise
@@ -199,6 +199,34 @@ def test_a_compiled_module_is_put_back_when_it_was_run() -> None:
     assert verify(model, other, example(), level="quick").passed
     assert all(part.training for part in other.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+class Remembering(nn.Module):
+    """Writes to a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.full((3,), float("nan")))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.copy_(x.flatten()[:3])
+        return x * 2.0
+
+
+def test_what_a_compiled_module_writes_is_put_back() -> None:
+    other = compiled(Remembering(), Counting())
+    assert verify(Remembering(), other, example(), level="quick").passed
+    assert bool(other.seen.isnan().all())
+
+
+def test_what_is_no_module_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    for ask in (
+        fuse,
+        lambda model, x: export_onnx(model, x, tmp_path / "a"),
+        lambda model, x: export_archive(model, x, tmp_path / "a"),
+    ):
+        with pytest.raises(ReparamError):
+            ask("model", example())  # type: ignore[operator]
 
 
 def test_what_torch_compiles_no_more_fails() -> None:

@@ -182,7 +182,8 @@ class _Tie:
         if bool(few.any()) and float(shared[few].double().mean()) <= MOST:
             return None
         erred &= telling
-        if not bool((erred & shared).any()) or bool((erred & ~(shared & (measured <= LARGER * runs.amax(0)))).any()):
+        likewise = shared & (measured <= LARGER * runs.amax(0))
+        if not bool(erred.any()) or bool((erred & ~likewise).any()):
             return None
         return (runs <= limit)[:, erred].sum(0), (its <= limit)[:, erred].sum(0)
 

@@ -48,7 +48,7 @@ def gather(
     every = [output for case in cases for output in case.outputs]
     failures = misrounded + tuple(f"{case.name}: {sentence}" for case in cases for sentence in case.failures)
     run = [case for case in cases if case.status != "skipped"]
-    if not failures and all(_is_empty(one.measured) for one in ran):
+    if not failures and not any(map(_has_elements, ran)):
         failures = (
             "the comparison is empty: the original returns no tensor with any element on any input; "
             "give it an example for which it does",
@@ -100,7 +100,7 @@ def _judged(ran: Ran, rules: Rules, typical: dict[str, float]) -> CaseResult:
     notes += tuple(f"{name}: the original's own rounding noise is too large to tell anything from" for name in hopeless)
     untold = tuple(output.untold for output in outputs if output.untold)
     notes += untold
-    if _is_empty(ran.measured):
+    if ran.truth is not None and not _has_elements(ran):
         notes += ("the original returns no tensor with any element, so that only shapes were compared",)
     without = (
         any(one.shared_nonfinite for one in ran.measured)
@@ -112,9 +112,9 @@ def _judged(ran: Ran, rules: Rules, typical: dict[str, float]) -> CaseResult:
     return replace(ran.result, status=status, outputs=outputs, failures=failures, notes=notes)  # type: ignore[arg-type]
 
 
-def _is_empty(measured: Sequence[Measured]) -> bool:
-    """Whether no output has any element that could be compared: a detector that finds nothing returns such."""
-    return not any(math.prod(one.figures.shape) for one in measured)
+def _has_elements(ran: Ran) -> bool:
+    """Whether the original returned any element: a detector that finds nothing returns none."""
+    return ran.truth is not None and any(tensor.numel() for tensor in ran.truth.tensors().values())
 
 
 def _hopeless(output: OutputComparison) -> bool:

@@ -35,7 +35,7 @@ from reparam.errors import InputError, OtherInputError
 from reparam.inputs import ExampleInputs, Inputs
 
 BUDGET = 10.0
-_Any = TypeVar("_Any")
+_Model = TypeVar("_Model")
 SATURATED = 0.05
 """Relative noise from which on it is no longer proportional to the rounding that it comes from."""
 
@@ -67,15 +67,14 @@ def verify(
     Two questions, kept apart. *Algebra*: both run in float64 and agree to `algebra_tolerance`, scaled per tensor and
     per channel. *Numeric*: in the deployment dtype, the candidate's error against the float64 truth is at most
     `noise_factor` times the original's own, by the rule in `judge.py`. A candidate that is no `nn.Module`
-    (a runtime session) is asked the second question only. The caller's modules are never
-    changed, and only one that is compiled is run itself.
+    (a runtime session) is asked the second question only. The caller's modules are never changed, and only one that
+    calls compiled code is run itself.
 
     Args:
         original: the reference; run in eval mode. One that runs elsewhere than in torch is an `Elsewhere`; if that
             cannot be run in float64, the algebra is not asked, and its noise is estimated (a note says so).
-        candidate: a module, or a callable with the same signature. What `torch.compile` has made of a module is run as
-            it is in the deployment dtype, and the module inside it in float64. Such a
-            module is itself called, in eval mode; its modes and buffers are put back.
+        candidate: a module, or a callable with the same signature. What `torch.compile` has made is run as it is
+            in the deployment dtype (itself, in eval mode; its modes and buffers are put back), its inside in float64.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         level: `quick` runs the example inputs alone; `standard` also other batch and image sizes, random inputs,
             borders and constants, within ten forward passes of the original in float64; `thorough` more of each,
@@ -108,12 +107,9 @@ def verify(
             from elsewhere than torch, so that no seed repeats its answers.
     """
     inputs = Inputs.of(example_inputs)
-    given, original, candidate, deployed = (
-        candidate,
-        _looked_into(original),
-        _looked_into(candidate),
-        _looked_into(deployed),
-    )
+    given = candidate
+    original, candidate, deployed = _looked_into(original), _looked_into(candidate), _looked_into(deployed)
+    candidate_float64 = _looked_into(candidate_float64)
     made = given if isinstance(given, nn.Module) and calls_compiled(given) else None
     if deployed is not None:
         dtype = deployment_dtype(deployed, inputs)
@@ -166,8 +162,8 @@ def verify(
     return replace(comparison, parting=_parting(original, exact, tried, seed))
 
 
-def _looked_into(model: _Any) -> _Any:
-    return cast(_Any, eager(model)) if isinstance(model, nn.Module) else model
+def _looked_into(model: _Model) -> _Model:
+    return cast(_Model, eager(model)) if isinstance(model, nn.Module) else model
 
 
 def _parting(original: nn.Module, candidate: Any, inputs: Inputs, seed: int) -> Parting | None:

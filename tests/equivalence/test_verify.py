@@ -361,3 +361,9 @@ def test_results_that_are_not_dense_are_refused_in_a_sentence(kind: str, made: A
     dense = verify(Function(lambda x: x), model, example())
     assert not dense.passed
     assert any(kind in failure for failure in dense.failures)
+
+
+def test_a_candidate_that_cannot_run_says_nothing_of_what_the_original_returns() -> None:
+    comparison = verify(Function(lambda x: x * 2.0), Function(lambda x: x.no_such_thing()), example(), level="quick")
+    assert not comparison.passed
+    assert not any("no tensor with any element" in note for case in comparison.cases for note in case.notes)
