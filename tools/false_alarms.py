@@ -1,7 +1,7 @@
 """Fuses every model of timm in float32, float16 and bfloat16 with the usual verification, and lists its alarms.
 
     python tools/false_alarms.py [--models REGEX] [--dtypes float32,float16,bfloat16] [--most-parameters 1e8] [--jobs 2]
-        [--seconds S] [--limit 300] [--out FOLDER] [--again failed] [--keep-older]
+        [--seconds S] [--limit 300] [--out FOLDER] [--again failed] [--keep-older] [--half-products float32]
 
 The algebra of every fused model is also held against the original in float64 by this script's own comparison: where
 that agrees to 1e-9 (or to what roundings of its weights do to an original that amplifies them more) and verification
@@ -11,7 +11,9 @@ dtype is as large as its answers, is counted apart: nothing can be told there, w
 
 A model that is, attribute by attribute, the network of another one under another name (`same_network.py`) is not run
 again, and is counted apart. Weights are random, BatchNorms are calibrated, images as small as 64 x 64 where the model
-takes them. The smallest model of each family goes first, then the others, by size. Results go to `false_alarms.json`
+takes them. With `--half-products float32` float16 and bfloat16 are multiplied as hardware with instructions for them
+does (`half_products.py`), where torch's own kernels would take days. The smallest model of each family goes first, then
+the others, by size. Results go to `false_alarms.json`
 and `.md`: a run that was stopped goes on where it was, unless the engine has changed since. With `--keep-older` rows of
 an older engine stay, and the table says so. Exit status 1 if there is an alarm or a missed fault.
 """
@@ -19,6 +21,7 @@ an older engine stay, and the table says so. Exit status 1 if there is an alarm 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -39,7 +42,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from tools import same_network, sweep, timm_zoo  # noqa: E402
+from tools import half_products, same_network, sweep, timm_zoo  # noqa: E402
 from tools.layer_counts import errors, output_of  # noqa: E402
 from tools.record import engine_revision, first_line, write  # noqa: E402
 
@@ -71,6 +74,7 @@ class Row(sweep.ModelRow):
             float64; None if not finite, or if nothing finite was left to compare), `nearest` (largest ratio of error
             to bar; at most 1 passes), `cost` (forward passes), `said` (the alarm, or why fusing failed).
         seconds: in all.
+        half_products: "float32" if halves were multiplied in it, "" if torch's own kernels did that.
         error: why nothing could be asked.
     """
 
@@ -80,6 +84,7 @@ class Row(sweep.ModelRow):
     float64_noise: float = 0.0
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
+    half_products: str = ""
     error: str = ""
 
     @property
@@ -112,9 +117,14 @@ class Row(sweep.ModelRow):
 BAD = ("false alarm", "missed fault", "right alarm", "not fused")
 
 
-def measured(name: str, dtypes: Sequence[str]) -> Row:
+def measured(name: str, dtypes: Sequence[str], products: str = "") -> Row:
     """Fuses and verifies one model in each dtype."""
     torch.set_num_threads(1)
+    with half_products.in_float32() if products else contextlib.nullcontext():
+        return _measured(name, dtypes, products)
+
+
+def _measured(name: str, dtypes: Sequence[str], products: str) -> Row:
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     facts: dict[str, Any] = {}
@@ -131,7 +141,7 @@ def measured(name: str, dtypes: Sequence[str]) -> Row:
     except Exception as error:
         facts["error"] = first_line(error)
     seconds = round(time.perf_counter() - start, 1)
-    return Row(name, timm_zoo.family(name), **facts, verdicts=verdicts, seconds=seconds)
+    return Row(name, timm_zoo.family(name), **facts, verdicts=verdicts, seconds=seconds, half_products=products)
 
 
 def _float64_error(model: nn.Module, x: torch.Tensor) -> float | None:
@@ -191,13 +201,13 @@ def _finite(value: float) -> float | None:
 
 
 class Measure:
-    """`measured` with its dtypes, so that another process finds it."""
+    """`measured` with its dtypes and products, so that another process finds it."""
 
-    def __init__(self, dtypes: Sequence[str]) -> None:
-        self.dtypes = tuple(dtypes)
+    def __init__(self, dtypes: Sequence[str], products: str) -> None:
+        self.dtypes, self.products = tuple(dtypes), products
 
     def __call__(self, name: str) -> Row:
-        return measured(name, self.dtypes)
+        return measured(name, self.dtypes, self.products)
 
 
 def lost(name: str, why: str) -> Row:
@@ -249,7 +259,7 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         f"{len({row.family for row in rows if not row.error})} families, up to "
         f"{max((row.parameters for row in rows), default=0) / 1e6:.0f} million parameters. {len(same(rows, facts))} "
         "others are, attribute by attribute, the network of one of these under another name (`tools/same_network.py`), "
-        "and were not run. "
+        f"and were not run. {_products(rows)}"
         f"{sum(row.exact for row in rows)} fused models are exact in float64 by this script's own comparison "
         f"({_bounds(rows)}), and {sum(bool(row.error) for row in rows)} could not be asked. Drowned: exact, but the "
         f"original's own rounding noise in that dtype is {DROWNED:.0%} of its answers or more, or it overflows, so "
@@ -270,6 +280,17 @@ def _bounds(rows: Sequence[Row]) -> str:
     loud = sum(row.exact and (row.float64_error or 0.0) > TOLERANCE for row in rows)
     more = f", of {loud} of them {ROUNDINGS:.0f} times what moving its weights by 2^-52 does to the original"
     return "1e-9" + (more if loud else "")
+
+
+def _products(rows: Sequence[Row]) -> str:
+    """Of how many models halves were multiplied otherwise than torch does it on this CPU."""
+    count = sum(bool(row.half_products) for row in rows)
+    return (
+        f"float16 and bfloat16 of {count} of them were multiplied in float32 and rounded once, as hardware with "
+        "instructions for halves does (`tools/half_products.py`); those of the others by torch's own kernels. "
+        if count
+        else ""
+    )
 
 
 def _totals(dtype: str, rows: Sequence[Row]) -> str:
@@ -321,6 +342,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--most-parameters", type=float, default=math.inf, help="only models of up to so many")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further model is begun")
     parser.add_argument("--limit", type=float, metavar="SECONDS", default=LIMIT, help="for one model")
+    parser.add_argument("--half-products", choices=("float32",), default="", help="otherwise torch's own kernels")
     parser.add_argument("--out", type=Path, default=OUT, help="where the files are and go")
     args = parser.parse_args()
     args.dtypes = args.dtypes.split(",")
@@ -362,7 +384,7 @@ def main() -> int:
             if time.monotonic() - start < args.seconds:
                 yield name
 
-    made = sweep.each(Measure(args.dtypes), in_time(), args.jobs, args.limit, lost)
+    made = sweep.each(Measure(args.dtypes, args.half_products), in_time(), args.jobs, args.limit, lost)
     return sweep.run(made, len(names), rows, lambda held: save(held, facts, args.out), SAVE_EVERY)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,6 +98,9 @@ def test_table_counts_and_lists_what_does_not_agree() -> None:
     assert "| float32 | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 2 | 0.4 | 10 |" in text
     assert "- b, float32: false alarm (float64 error 1.0e-12, the original's noise 1e-06): too / far" in text
     assert "- c: it was killed" in text
+    assert "multiplied" not in text
+    rows[0] = replace(rows[0], half_products="float32")
+    assert "float16 and bfloat16 of 1 of them were multiplied in float32" in markdown(rows, facts)
 
 
 def test_the_smallest_of_each_family_goes_first() -> None:
