@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from reparam.capture.agreement import Answers
 from reparam.capture.draws import failure, find_draws
 from reparam.capture.inference import Form, Said, in_inference_form
 from reparam.capture.scripts import graph_of_script
@@ -136,7 +137,8 @@ def fuse(
         with stages("converting from TorchScript"):
             model = graph_of_script(model, inputs)
     reference, said = in_inference_form(model, inference_form)
-    job = _Job(reference, inputs, capture, level, seed, stages, passes, prices, explain, fixed_sizes, batches)
+    own = Answers(reference, inputs)
+    job = _Job(reference, inputs, own, capture, level, seed, stages, passes, prices, explain, fixed_sizes, batches)
     with _explained(model, reference, inputs):
         attempt = job.attempt(Ledger(judge=difference if level in _CHECKED else None), find_parting=True)
     undone: tuple[Undone, ...] = ()
@@ -278,11 +280,12 @@ class _Made:
 class _Job:
     """What is fused, how, and how it is checked: everything but which rewrites are made.
 
-    `known` is what the attempts found out about the original's noise.
+    `known` is what the attempts found out about the original's noise, `own` what it answers to the example.
     """
 
     model: nn.Module
     inputs: Inputs
+    own: Answers
     way: str
     level: str
     seed: int
@@ -302,7 +305,7 @@ class _Job:
         steps = tuple(usual if self.passes is None else self.passes)
         with kept_in(ledger):
             made = replace(
-                _made(self.model, self.inputs, self.way, steps, self.stages, verified=self.level != "off"),
+                _made(self.model, self.inputs, self.own, self.way, steps, self.stages, verified=self.level != "off"),
                 choices=choices,
             )
         if self.level == "off":
@@ -328,7 +331,7 @@ class _Job:
 
 
 def _made(
-    model: nn.Module, inputs: Inputs, way: str, steps: Sequence[Pass], stages: Stages, *, verified: bool = True
+    model: nn.Module, inputs: Inputs, own: Answers, way: str, steps: Sequence[Pass], stages: Stages, *, verified: bool
 ) -> _Made:
     if way == "modules":
         _refuse_random(model, inputs, None)
@@ -338,7 +341,7 @@ def _made(
             raise CaptureError(f"no child of {type(model).__name__} can be captured; use capture='auto'") from None
     try:
         with stages("capturing the graph"), _garbage_collection_paused():
-            captured = capture_graph(model, inputs, leaves(), way)
+            captured = capture_graph(model, inputs, leaves(), way, own)
     except CaptureError as error:
         _refuse_random(model, inputs, error)
         if way != "auto" or isinstance(error, UnfitModelError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,25 +31,54 @@ def same_answers(a: nn.Module, b: nn.Module, inputs: Inputs) -> bool:
     return _alike(_answer(copied(a), inputs), _answer(copied(b), inputs))
 
 
-def answers_otherwise_again(model: nn.Module, inputs: Inputs, seed: int) -> bool:
-    """Whether a copy of `model` answers otherwise in a second call, which starts from `seed`; the first one from 0."""
-    try:
-        twin = twin_of(model)
-        first = _answer(twin, inputs)
-        return not _alike(first, _answer(twin, inputs, seed))
-    except UnfitModelError:
-        raise
-    except Exception:
-        return False  # it cannot run at all, which is for others to say
+class Answers:
+    """What a copy of `model` answers to the example, and whether it does so again; each call is made once.
+
+    Attributes:
+        name: the model's class.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self._model, self._inputs = model, inputs
+        self._called: nn.Module | None = None
+        self._otherwise: dict[int, bool] = {}
+        self.name = type(model).__name__
+
+    @cached_property
+    def first(self) -> Any:
+        """The answer of a call that starts from seed 0."""
+        twin = twin_of(self._model)
+        answer = _answer(twin, self._inputs)
+        self._called = twin
+        return answer
+
+    def differ_again(self, seed: int) -> bool:
+        """Whether a second call, which starts from `seed`, is answered otherwise."""
+        if seed not in self._otherwise:
+            self._otherwise[seed] = self._differs(seed)
+        return self._otherwise[seed]
+
+    def _differs(self, seed: int) -> bool:
+        try:
+            first, twin = self.first, self._called
+            self._called = None  # its buffers need not stay
+            if twin is None:
+                twin = twin_of(self._model)
+                _answer(twin, self._inputs)
+            return not _alike(first, _answer(twin, self._inputs, seed))
+        except UnfitModelError:
+            raise
+        except Exception:
+            return False  # it cannot run at all, which is for others to say
 
 
-def graph_answers_as(model: nn.Module, inputs: Inputs, root: nn.Module, graph: fx.Graph) -> bool:
+def graph_answers_as(own: Answers, inputs: Inputs, root: nn.Module, graph: fx.Graph) -> bool:
     """Whether a graph answers the example as its model does: what Python asked of a tensor may have escaped.
 
     The buffers of `root` are left as they were.
     """
     try:
-        expected = _answer(twin_of(model), inputs)
+        expected = own.first
     except UnfitModelError:
         raise
     except Exception:

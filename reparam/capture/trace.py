@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from reparam.capture.agreement import answers_alike, answers_otherwise_again, graph_answers_as
+from reparam.capture.agreement import Answers, answers_alike, graph_answers_as
 from reparam.capture.captured import Captured, Leaves
 from reparam.capture.exported import export
 from reparam.capture.facts import check_facts, facts_asked
@@ -50,7 +50,13 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 WAYS = ("auto", "symbolic", "export", "modules")
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Leaves(), way: str = "auto") -> Captured:
+def capture(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    leaves: Leaves = Leaves(),
+    way: str = "auto",
+    own: Answers | None = None,
+) -> Captured:
     """Captures `model` for inference, not looking into `leaves`. The model itself is not changed.
 
     Args:
@@ -58,6 +64,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
         example_inputs: what it is run on.
         leaves: classes and functions to leave whole.
         way: "symbolic" tracing, `torch.export` ("export"), or the first of the two that can ("auto").
+        own: what `model` answers to the example, for a caller who captures it more than once.
 
     Raises:
         InputError: the model is no module, has hooks on itself, or cannot run on the example inputs.
@@ -74,14 +81,15 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, leaves: Leaves = Le
         )
     inputs = Inputs.of(example_inputs)
     _check_tensors(model, inputs)
+    own = Answers(model, inputs) if own is None else own
     if way == "export":
-        return _exported(model, inputs, leaves, None)
+        return _exported(model, inputs, leaves, own, None)
     try:
-        return _symbolic(model, inputs, leaves)
+        return _symbolic(model, inputs, leaves, own)
     except CaptureError as error:
         if way == "symbolic" or isinstance(error, UnfitModelError):
             raise
-        return _exported(model, inputs, leaves, error)
+        return _exported(model, inputs, leaves, own, error)
 
 
 def _has_forward(model: nn.Module) -> bool:
@@ -111,7 +119,7 @@ def _check_tensors(model: nn.Module, inputs: Inputs) -> None:
             )
 
 
-def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
+def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves, own: Answers) -> Captured:
     real = False
     try:
         traced = _traced(model, inputs, leaves, compute=False)
@@ -125,20 +133,20 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
         traced, real = found, True
     _restore_buffers(traced, model)
     about_state = _state_notes(model, inputs, traced)
-    if not graph_answers_as(model, inputs, traced.root, traced.graph):
+    if not graph_answers_as(own, inputs, traced.root, traced.graph):
         # What it asks the values of activations for it was told of stand-ins; now every layer runs.
         traced = _traced_or_explained(model, inputs, leaves)
         _restore_buffers(traced, model)
         about_state = _state_notes(model, inputs, traced)
-        if not graph_answers_as(model, inputs, traced.root, traced.graph):
+        if not graph_answers_as(own, inputs, traced.root, traced.graph):
             raise CaptureError(f"{type(model).__name__} cannot be traced: its graph answers the example otherwise")
-    _require_a_function(model, inputs, traced.graph)
+    _require_a_function(own, traced.graph)
     note_exact(model, inputs, traced.root, traced.graph, traced.literals, partial(_graph_of, leaves=leaves, real=real))
     notes = (*_mode_notes(model), *_size_notes(traced), *_guards(traced.root, inputs), *about_state)
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
 
-def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureError | None) -> Captured:
+def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, own: Answers, before: CaptureError | None) -> Captured:
     """By torch.export; `before` is what stopped symbolic tracing.
 
     Raises:
@@ -158,7 +166,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
             raise UnfitModelError(f"{name} draws a random number ({drawn[0]}), which the graph would repeat")
         captured = _program(program, inputs, leaves)
         note_exact(model, inputs, captured.root, captured.graph, _strangers(captured, model), _graph_exported)
-        if not graph_answers_as(model, inputs, captured.root, captured.graph):
+        if not graph_answers_as(own, inputs, captured.root, captured.graph):
             raise CaptureError(f"{name} cannot be exported: the program answers the example otherwise")
     except (InputError, UnfitModelError):
         raise
@@ -181,7 +189,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, before: CaptureE
 def _program(program: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
     """Traces an exported program; where that fails it is the program that is unfit, not what the user gave."""
     try:
-        return _symbolic(program, inputs, leaves)
+        return _symbolic(program, inputs, leaves, Answers(program, inputs))
     except InputError as error:
         raise CaptureError(f"its program is of no use: {error}") from error
 
@@ -272,7 +280,7 @@ def _strangers(captured: Captured, model: nn.Module) -> list[str]:
     return sorted(name for name in read - own if "." not in name)
 
 
-def _require_a_function(model: nn.Module, inputs: Inputs, graph: fx.Graph) -> None:
+def _require_a_function(own: Answers, graph: fx.Graph) -> None:
     """What a graph holds of state and of random numbers it shows; this is for what it would hold as constants.
 
     Raises:
@@ -281,9 +289,9 @@ def _require_a_function(model: nn.Module, inputs: Inputs, graph: fx.Graph) -> No
     if any(node.meta.get("writes") for node in graph.nodes):
         return
     draws = any(node.meta.get("draws") for node in graph.nodes)  # these get the same numbers again
-    if answers_otherwise_again(model, inputs, seed=0 if draws else 1):
+    if own.differ_again(0 if draws else 1):
         raise UnfitModelError(
-            f"{type(model).__name__} answers the same input otherwise when it is called again, which a graph cannot "
+            f"{own.name} answers the same input otherwise when it is called again, which a graph cannot "
             "hold: it keeps state, or draws random numbers from a generator of its own; make it a function of its input"
         )
 
