@@ -58,7 +58,7 @@ def custom_functions_followed(tracer: Any, root: nn.Module) -> Iterator[None]:
 
 
 def _places(root: nn.Module) -> list[dict[str, Any]]:
-    parts = list(root.modules())
+    parts = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]  # these run elsewhere
     beside = [getattr(type(part).forward, "__globals__", {}) for part in parts]
     return [*(vars(part) for part in parts), *{id(names): names for names in beside}.values()]
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -31,6 +30,7 @@ from reparam.capture.captured import Captured, Leaves
 from reparam.capture.exported import export
 from reparam.capture.facts import check_facts, facts_asked
 from reparam.capture.literals import note_exact
+from reparam.capture.notes import compiled_notes, listed, mode_notes, size_notes
 from reparam.capture.proxies import UnfitError, WrittenConstantError
 from reparam.capture.state import Memory, version
 from reparam.capture.storage import storage_of
@@ -142,7 +142,13 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves, own: Answers) ->
             raise CaptureError(f"{type(model).__name__} cannot be traced: its graph answers the example otherwise")
     _require_a_function(own, traced.graph)
     note_exact(model, inputs, traced.root, traced.graph, traced.literals, partial(_graph_of, leaves=leaves, real=real))
-    notes = (*_mode_notes(model), *_size_notes(traced), *_guards(traced.root, inputs), *about_state)
+    notes = (
+        *mode_notes(model),
+        *compiled_notes(traced.root, traced.graph),
+        *size_notes(traced.decided, traced.decided_by),
+        *_guards(traced.root, inputs),
+        *about_state,
+    )
     return Captured(traced.root, traced.graph, inputs, "symbolic", type(model).__name__, notes)
 
 
@@ -183,7 +189,7 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, own: Answers, be
     if asked:
         what, lines = _joined({f"{fact}s" for fact in asked}), ", ".join(dict.fromkeys(asked.values()))
         notes += (f"the program is for the {what} of the example, as the forward asks for them ({lines})",)
-    return replace(captured, how="export", name=name, notes=(*_mode_notes(model), *notes))
+    return replace(captured, how="export", name=name, notes=(*mode_notes(model), *notes))
 
 
 def _program(program: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
@@ -296,37 +302,6 @@ def _require_a_function(own: Answers, graph: fx.Graph) -> None:
         )
 
 
-def _mode_notes(model: nn.Module) -> tuple[str, ...]:
-    """What the user should know of modes, and of normalisations that have no eval mode."""
-    notes: tuple[str, ...] = ()
-    training = [name for name, module in model.named_modules() if module.training]
-    if model.training:
-        notes = ("the model was in train mode; its inference form was taken (eval mode)",)
-    elif training:
-        listed = ", ".join(training[:4]) + (", ..." if len(training) > 4 else "")
-        notes = (f"{listed} in the model stood in train mode; the inference form was taken there, too (eval mode)",)
-    lonely = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None)
-    ]
-    if lonely:
-        listed = ", ".join(lonely[:4]) + (", ..." if len(lonely) > 4 else "")
-        notes += (
-            f"without running statistics, {listed} {'normalises' if len(lonely) == 1 else 'normalise'} by the batch at "
-            "inference, too: what an input gives depends on the others in its batch",
-        )
-    return notes
-
-
-def _size_notes(traced: _Traced) -> tuple[str, ...]:
-    if not traced.decided:
-        return ()
-    lines = ", ".join(traced.decided[:4]) + (", ..." if len(traced.decided) > 4 else "")
-    what = traced.decided_by
-    return (f"{what} of the example decided what was captured ({lines}); where others decide otherwise, it stops",)
-
-
 def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str, ...]:
     """What the user should know of the state that the forward changes.
 
@@ -344,7 +319,7 @@ def _state_notes(model: nn.Module, inputs: Inputs, traced: _Traced) -> tuple[str
         )
     if not traced.changed:
         return notes
-    names = ", ".join(traced.changed[:4]) + (", ..." if len(traced.changed) > 4 else "")
+    names = listed(traced.changed)
     if not answers_alike(model, inputs):
         raise UnfitModelError(
             f"{type(model).__name__} cannot be traced: its forward changes {names} on the model and then answers the "

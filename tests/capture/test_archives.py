@@ -198,6 +198,30 @@ def test_torchscript_inside_of_a_model_stays(capture: str, stops: bool) -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in result.module.modules())
     assert any(isinstance(module, torch.jit.ScriptModule) for module in result.module.modules())
     torch.testing.assert_close(result.module(x), model(x), rtol=1e-5, atol=1e-5)
+    assert any("compiled (TorchScript)" in note and "inner" in note for note in result.report.notes)
+
+
+def test_layers_around_torchscript_are_fused() -> None:
+    class Around(nn.Module):
+        """No part of it but the layers themselves could be captured alone."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.conv, self.norm = inner, nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(self.inner(x)))  # type: ignore[no-any-return]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).eval(), image(2, 3, 12, 12))
+    model = ready(Around(traced))
+    result = reparam.fuse(model, image(2, 3, 12, 12))
+    assert result.report.capture == "symbolic"
+    assert (result.report.after.convolutions, result.report.after.batch_norms) == (1, 0)
+    (note,) = result.report.notes
+    assert note == "inner: compiled (TorchScript) and left as it is; what it was compiled from would be fused"
+    torch.testing.assert_close(result.module(image(3, 3, 9, 9)), model(image(3, 3, 9, 9)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("option", [{"arch": lambda: nn.Linear(2, 2)}, {"key": "model"}], ids=["arch", "key"])

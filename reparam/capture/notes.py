@@ -1,0 +1,56 @@
+"""What the user should know of a model that was captured, in a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_MOST = 4
+
+
+def mode_notes(model: nn.Module) -> tuple[str, ...]:
+    """Of modes, and of normalisations that have no eval mode."""
+    notes: tuple[str, ...] = ()
+    training = [name for name, module in model.named_modules() if module.training]
+    if model.training:
+        notes = ("the model was in train mode; its inference form was taken (eval mode)",)
+    elif training:
+        where = listed(training)
+        notes = (f"{where} in the model stood in train mode; the inference form was taken there, too (eval mode)",)
+    lonely = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None)
+    ]
+    if lonely:
+        notes += (
+            f"without running statistics, {listed(lonely)} {'normalises' if len(lonely) == 1 else 'normalise'} by the "
+            "batch at inference, too: what an input gives depends on the others in its batch",
+        )
+    return notes
+
+
+def compiled_notes(root: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
+    """Of modules that nobody looked into."""
+    called = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="call_module"))
+    compiled = [name for name in called if isinstance(root.get_submodule(name), torch.jit.ScriptModule)]
+    if not compiled:
+        return ()
+    return (f"{listed(compiled)}: compiled (TorchScript) and left as it is; what it was compiled from would be fused",)
+
+
+def size_notes(lines: Sequence[str], what: str) -> tuple[str, ...]:
+    """Of the lines at which what the example's tensors are (`what`: sizes, dtypes and devices) decided the graph."""
+    if not lines:
+        return ()
+    return (
+        f"{what} of the example decided what was captured ({listed(lines)}); where others decide otherwise, it stops",
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(names[:_MOST]) + (", ..." if len(names) > _MOST else "")
