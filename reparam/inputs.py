@@ -6,6 +6,7 @@ Imports torch and nothing of ours but the errors, so that every room may use it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -78,6 +79,27 @@ class Inputs:
         fresh = self.clone()
         with torch.no_grad():
             return function(*fresh.args, **fresh.kwargs)
+
+
+_OF_A_DTYPE = re.compile(r"not implemented for '|dtypes? (is |are )?not supported", re.IGNORECASE)
+
+
+def cannot_run(error: BaseException, inputs: Inputs, where: str = "") -> InputError:
+    """What to say of a model that raised `error` on the example inputs, at the module `where`."""
+    given = ", ".join(f"{_dtype(t)} of {'x'.join(map(str, t.shape)) or 'no dimensions'}" for t in inputs.tensors())
+    lines = str(error).strip().splitlines()
+    what = lines[0].rstrip(".") if lines else type(error).__name__
+    remedy = (
+        "take the model and its inputs in another dtype"
+        if _OF_A_DTYPE.search(what)
+        else "pass inputs of the shape and dtype that it expects"
+    )
+    at = f"{where}: " if where else ""
+    return InputError(f"the model cannot run on the example input ({given}): {at}{what}; {remedy}")
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def not_dense(tensor: torch.Tensor) -> str | None:

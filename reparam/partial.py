@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from reparam.capture.agreement import answers_alike
 from reparam.capture.trace import private_copy
-from reparam.errors import CaptureError, InputError, OtherInputError, ReparamError, UnfitModelError
+from reparam.errors import CaptureError, OtherInputError, ReparamError, UnfitModelError
 from reparam.graph.build import float64_copy, float64_twin, unshared
-from reparam.inputs import Inputs
+from reparam.inputs import Inputs, cannot_run
 from reparam.passes.ledger import Ledger, kept_in
 from reparam.piece import Piece
 
@@ -140,7 +140,13 @@ def assembled(model: nn.Module, inputs: Inputs, fuse_one: FuseOne, why: str, *, 
         UnfitModelError: it answers the same input otherwise when it is called again.
         NothingCapturedError: no part of it can be captured.
     """
-    if not answers_alike(model, inputs):
+    try:
+        alike = answers_alike(model, inputs)
+    except ReparamError:
+        raise
+    except Exception as error:
+        raise cannot_run(error, inputs, type(model).__name__) from error
+    if not alike:
         raise UnfitModelError(
             f"{type(model).__name__} answers the same input otherwise when it is called again, so what is fused cannot "
             "be compared with it; make it a function of its input"
@@ -279,10 +285,7 @@ class _Assembler:
         except OtherInputError:
             raise
         except Exception as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"the model cannot run on the example input: {line}; pass inputs shaped as it expects them"
-            ) from error
+            raise cannot_run(error, self.inputs, type(self.found.module).__name__) from error
 
     def _undo_what_breaks(self, replaced: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
         """Puts back children without whose insides the model does not run; returns them."""

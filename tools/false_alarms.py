@@ -72,7 +72,8 @@ class Row(sweep.ModelRow):
         float64_noise: of the original, from moved weights; asked only of one whose fused model is not within 1e-9.
         verdicts: by dtype: `passed`, `undone` (how many rewrites), `error` and `noise` (relative to the truth in
             float64; None if not finite, or if nothing finite was left to compare), `nearest` (largest ratio of error
-            to bar; at most 1 passes), `cost` (forward passes), `said` (the alarm, or why fusing failed).
+            to bar; at most 1 passes), `cost` (forward passes), `said` (the alarm, or why fusing failed), and `original`
+            (where fusing failed: why the original does not run either).
         seconds: in all.
         half_products: "float32" if halves were multiplied in it, "" if torch's own kernels did that.
         error: why nothing could be asked.
@@ -104,6 +105,8 @@ class Row(sweep.ModelRow):
     def outcome(self, dtype: str) -> str:
         """One of the words that the table counts."""
         verdict = self.verdicts[dtype]
+        if verdict.get("original"):
+            return "original fails"
         if verdict["passed"] and not verdict["undone"]:
             return "agrees" if self.exact else "missed fault"
         if verdict["passed"] is None:
@@ -181,7 +184,8 @@ def _verdict(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     except reparam.NotEquivalentError as error:
         report, said = error.report, first_line(error)
     except Exception as error:
-        return {"passed": None, "undone": 0, "error": None, "noise": None, "said": first_line(error)}
+        failed = {"passed": None, "undone": 0, "error": None, "noise": None, "said": first_line(error)}
+        return {**failed, "original": _failure(model, x)}
     comparison = report.comparison
     if report.undone:
         said = said or report.undone[0].failure
@@ -194,6 +198,15 @@ def _verdict(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
         "cost": round(comparison.cost, 2),
         "said": said,
     }
+
+
+def _failure(model: nn.Module, x: torch.Tensor) -> str:
+    """Why the model itself does not run: torch lacks some operations in some dtypes."""
+    try:
+        output_of(model, x)
+    except Exception as error:
+        return first_line(error)
+    return ""
 
 
 def _finite(value: float) -> float | None:
@@ -263,11 +276,12 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         f"{sum(row.exact for row in rows)} fused models are exact in float64 by this script's own comparison "
         f"({_bounds(rows)}), and {sum(bool(row.error) for row in rows)} could not be asked. Drowned: exact, but the "
         f"original's own rounding noise in that dtype is {DROWNED:.0%} of its answers or more, or it overflows, so "
-        "that verification rightly refuses to say that the two agree.",
+        "that verification rightly refuses to say that the two agree. Original fails: torch itself does not run the "
+        "original in that dtype.",
         "",
         "| dtype | models | agrees | false alarms | drowned | missed faults | right alarms | not fused "
-        "| median error / noise | nearest to the bar | forward passes, median |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| original fails | median error / noise | nearest to the bar | forward passes, median |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         *(_totals(dtype, rows) for dtype in dtypes),
         "",
         *_alarms(rows, dtypes),
@@ -299,7 +313,7 @@ def _totals(dtype: str, rows: Sequence[Row]) -> str:
     agree = [row.verdicts[dtype] for row in mine if row.outcome(dtype) == "agrees"]
     ratios = [one["error"] / one["noise"] for one in agree if one["error"] is not None and one["noise"]]
     nearest = max((one["nearest"] for one in agree if one["nearest"] is not None), default=None)
-    words = ("agrees", "false alarm", "drowned", "missed fault", "right alarm", "not fused")
+    words = ("agrees", "false alarm", "drowned", "missed fault", "right alarm", "not fused", "original fails")
     cells = [dtype, len(mine), *(counts[word] for word in words), _short(_median(ratios)), _short(nearest)]
     return f"| {' | '.join(map(str, cells))} | {_short(_median(one['cost'] for one in agree))} |"
 
@@ -314,7 +328,8 @@ def _alarms(rows: Sequence[Row], dtypes: Sequence[str]) -> Iterator[str]:
         noise = "not finite" if verdict["noise"] is None else f"{verdict['noise']:.2g}"
         exact = "not finite" if row.float64_error is None else f"{row.float64_error:.1e}"
         figures = f"float64 error {exact}, the original's noise {noise}"
-        yield f"- {row.title}, {dtype}: {row.outcome(dtype)} ({figures}): {verdict['said'].replace('|', '/')}"
+        why = (verdict.get("original") or verdict["said"]).replace("|", "/")
+        yield f"- {row.title}, {dtype}: {row.outcome(dtype)} ({figures}): {why}"
     broken = [row for row in rows if row.error]
     if broken:
         yield from ("", "Could not be asked:", "", *(f"- {row.title}: {row.error}" for row in broken))

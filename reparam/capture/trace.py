@@ -38,13 +38,13 @@ from reparam.capture.tracer import ExecutionError, ValueTracer
 from reparam.chance import Generators
 from reparam.checks import Guards, require_value
 from reparam.copying import copied, parameters_kept, twin_of
-from reparam.errors import CaptureError, InputError, UnfitModelError
-from reparam.inputs import ExampleInputs, Inputs, not_dense
+from reparam.errors import CaptureError, InputError, ReparamError, UnfitModelError
+from reparam.inputs import ExampleInputs, Inputs, cannot_run, not_dense
 
 __all__ = ["capture", "private_copy", "require_value"]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 WAYS = ("auto", "symbolic", "export", "modules")
@@ -156,9 +156,11 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, own: Answers, be
     """By torch.export; `before` is what stopped symbolic tracing.
 
     Raises:
+        InputError: the model does not run on the inputs.
         CaptureError: `before`, if there is one, else what stopped torch.export.
     """
     name = type(model).__name__
+    _require_answer(own, inputs)
     try:
         asked = facts_asked(model, inputs)
         twin = private_copy(model)
@@ -190,6 +192,20 @@ def _exported(model: nn.Module, inputs: Inputs, leaves: Leaves, own: Answers, be
         what, lines = _joined({f"{fact}s" for fact in asked}), ", ".join(dict.fromkeys(asked.values()))
         notes += (f"the program is for the {what} of the example, as the forward asks for them ({lines})",)
     return replace(captured, how="export", name=name, notes=(*mode_notes(model), *notes))
+
+
+def _require_answer(own: Answers, inputs: Inputs) -> None:
+    """Sees that the model runs at all: what torch.export says of one that does not may be anything.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        _ = own.first
+    except ReparamError:
+        raise
+    except Exception as error:
+        raise cannot_run(error, inputs, own.name) from error
 
 
 def _program(program: nn.Module, inputs: Inputs, leaves: Leaves) -> Captured:
@@ -343,11 +359,7 @@ def _traced_or_explained(model: nn.Module, inputs: Inputs, leaves: Leaves) -> _T
     try:
         return _traced(model, inputs, leaves, compute=True)
     except ExecutionError as error:
-        shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs.tensors())
-        raise InputError(
-            f"the model cannot run on the example input of shape {shapes}: "
-            f"{error.where or type(model).__name__}: {_first_line(error.error)}; pass inputs shaped as it expects them"
-        ) from error.error
+        raise cannot_run(error.error, inputs, error.where or type(model).__name__) from error.error
     except Exception as error:
         raise _capture_error(model, error) from error
 

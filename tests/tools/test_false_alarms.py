@@ -95,7 +95,7 @@ def test_table_counts_and_lists_what_does_not_agree() -> None:
     assert "3 of timm's 6 models were tried" in text
     assert same(rows, facts) == {"d": "b"}
     assert "1 others are, attribute by attribute, the network of one of these" in text
-    assert "| float32 | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 2 | 0.4 | 10 |" in text
+    assert "| float32 | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 2 | 0.4 | 10 |" in text
     assert "- b, float32: false alarm (float64 error 1.0e-12, the original's noise 1e-06): too / far" in text
     assert "- c: it was killed" in text
     assert "multiplied" not in text
