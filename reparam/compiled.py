@@ -7,20 +7,21 @@ its user's models down. So nothing compiles while reparam looks (`nothing_compil
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
-from types import FunctionType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo
 from torch import nn
+from torch._dynamo import eval_frame
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
-from reparam.copying import copied, has_compiled_forward
+from reparam.copying import copied, has_compiled_forward, made_of_another
 from reparam.errors import InputError
 
 
@@ -34,26 +35,22 @@ def is_compiled(module: object) -> bool:
     )
 
 
-def calls_compiled(module: nn.Module) -> bool:
-    """Whether it is compiled, or holds or names functions and modules that `torch.compile` has made."""
-    return is_compiled(module) or any(map(_is_made, chain.from_iterable(map(_reached, module.modules()))))
+@contextmanager
+def entered() -> Iterator[list[str]]:
+    """A list that is not empty once this thread has called, in any way, what `torch.compile` has made."""
+    found: list[str] = []
+    thread, own = threading.get_ident(), getattr(eval_frame, "_callback_from_stance", None)
+    if own is None:  # another torch; what `is_compiled` sees is all that is known then
+        yield found
+        return
 
+    def noting(callback: Any) -> Any:
+        if callable(callback) and threading.get_ident() == thread:
+            found.append("compiled")
+        return own(callback)
 
-def _reached(part: nn.Module) -> Iterator[Any]:
-    """What a module holds as attributes, alone or in containers, and what its forward may call by a global name."""
-    for value in vars(part).values():
-        yield value
-        if isinstance(value, (list, tuple, dict)):
-            yield from value.values() if isinstance(value, dict) else value
-    forward = getattr(type(part), "forward", None)
-    if isinstance(forward, FunctionType):
-        yield from (forward.__globals__.get(name) for name in forward.__code__.co_names)
-
-
-def _is_made(value: Any) -> bool:
-    if isinstance(value, FunctionType):
-        return hasattr(value, "_torchdynamo_orig_callable") and not hasattr(value, "_torchdynamo_disable")
-    return isinstance(value, OptimizedModule)
+    with mock.patch.object(eval_frame, "_callback_from_stance", noting):
+        yield found
 
 
 def eager(module: nn.Module) -> nn.Module:
@@ -62,17 +59,24 @@ def eager(module: nn.Module) -> nn.Module:
     It shares the parameters with `module`; where more than its outermost wrapper goes it is a copy.
 
     Raises:
-        InputError: a wrapper has hooks, which the module inside has not.
+        InputError: it is no module; a wrapper has hooks, which the module inside has not; or a forward is that of
+            another module.
     """
     given: object = module
     if not isinstance(given, nn.Module):
-        return module  # others say what is wrong with it
+        raise InputError(f"expected a torch.nn.Module, got {type(given).__name__}")
     for path, part in module.named_modules():
         if isinstance(part, OptimizedModule) and (part._forward_hooks or part._forward_pre_hooks):
             where = f" at {path}" if path else ""
             raise InputError(
                 f"what torch.compile has made{where} has forward hooks, which the module inside has not; put them on "
                 "that one before it is compiled"
+            )
+        if not isinstance(part, OptimizedModule) and made_of_another(part):
+            where = f" at {path}" if path else ""
+            raise InputError(
+                f"the compiled forward{where} is that of another {type(part).__name__}, as in a copy; compile the "
+                "copy's own forward"
             )
     module = _inside(module)
     if not is_compiled(module):
@@ -97,14 +101,18 @@ def _inside(module: nn.Module) -> nn.Module:
 
 
 def as_deployed(module: nn.Module) -> Callable[..., Any]:
-    """Calls a compiled module itself, in eval mode, and puts its modes and buffers back: a copy is compiled anew, and
-    not always likewise."""
+    """Calls a compiled module itself, in eval mode: a copy is compiled anew, and not always likewise.
+
+    When `nothing_compiled` ends, its modes, buffers and attributes are put back; objects that its attributes refer to,
+    and that it changes, are not.
+    """
     device = next((parameter.device for parameter in module.parameters()), None)
+    _AFTERWARDS.enter_context(_put_back(module))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if device is not None:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, kwargs))
-        with _put_back(module):
+        with compiled():
             return module(*args, **kwargs)
 
     return call
@@ -112,41 +120,55 @@ def as_deployed(module: nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def _put_back(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    for part in training:
+    attributes = [(held, dict(held)) for part in module.modules() for held in (vars(part), part._buffers)]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    for part in module.modules():
         part.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for held, before in attributes:
+            held.clear()
+            held.update(before)
         with torch.no_grad():
-            for buffer, value in before:
+            for buffer, value in values:
                 if not bool(((buffer == value) | ((buffer != buffer) & (value != value))).all()):
                     buffer.copy_(value)
 
 
-_LOCK = threading.Lock()
-_LOOKING: list[int] = []
-"""The threads that look; torch's stance is that of the whole process, and the last of them puts it back."""
-_BEFORE = ExitStack()
+_ALONE = threading.RLock()
+"""Torch's stance, its default dtype and its random state are the process's: two that look at once would take each
+other's for the user's, and leave them there."""
+_AFTERWARDS = ExitStack()
+_LOOKING: list[None] = []
+
+
+def _unlock() -> None:
+    global _ALONE
+    _ALONE = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)  # who held it may not exist there
 
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """Within it what is compiled runs as if it were not."""
-    with _LOCK:
-        if not _LOOKING:
-            _BEFORE.enter_context(torch.compiler.set_stance("force_eager"))
-        _LOOKING.append(threading.get_ident())
-    try:
-        yield
-    finally:
-        with _LOCK:
-            _LOOKING.remove(threading.get_ident())
-            if not _LOOKING:
-                _BEFORE.close()
+    """Within it what is compiled runs as if it were not, and symbolic tracing goes into it. One thread at a time."""
+    with _ALONE:
+        if _LOOKING:
+            yield
+            return
+        _LOOKING.append(None)
+        try:
+            with (
+                torch.compiler.set_stance("force_eager"),
+                torch._dynamo.config.patch(error_on_nested_fx_trace=False),
+                _AFTERWARDS,
+            ):
+                yield
+        finally:
+            _LOOKING.clear()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ in turn, and only attributes that are neither plain values nor torch's own dicti
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif name == "_compiled_call_impl":
             state[name] = None  # it would call the module itself, as would the forward that is compiled here:
         elif name == "forward" and has_compiled_forward(module):
-            method = value._torchdynamo_orig_callable
+            method = inspect.unwrap(value)
             if method.__func__ is not type(module).forward:
                 state[name] = MethodType(method.__func__, twin)
         elif isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(item, _PLAIN) for item in value)):
@@ -107,8 +108,26 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def has_compiled_forward(module: nn.Module) -> bool:
     """Whether the module's own forward was put in its place as `torch.compile` has made it."""
-    method = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
-    return isinstance(method, MethodType) and method.__self__ is module
+    method = _compiled_forward(module)
+    return method is not None and method.__self__ is module
+
+
+def made_of_another(module: nn.Module) -> bool:
+    """Whether its forward is what `torch.compile` has made of another module's, as it is in copies."""
+    method = _compiled_forward(module)
+    return method is not None and method.__self__ is not module
+
+
+def _compiled_forward(module: nn.Module) -> MethodType | None:
+    forward = vars(module).get("forward")
+    if (
+        forward is None
+        or not hasattr(forward, "_torchdynamo_orig_callable")
+        or hasattr(forward, "_torchdynamo_disable")
+    ):
+        return None
+    method = inspect.unwrap(forward)
+    return method if isinstance(method, MethodType) else None
 
 
 def _buffer(buffer: Any, memo: dict[int, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam import InputError, ReparamError, export_archive, export_onnx, fuse, verify
+from reparam import InputError, export_archive, export_onnx, fuse, verify
 from reparam.compiled import eager, is_compiled, nothing_compiled
 from reparam.copying import copied
 from tests.equivalence.nets import Plain, example, randomise
@@ -178,18 +179,58 @@ class Keeping(nn.Module):
         return self.kept[0](x) + 1.0
 
 
+class Decorated(nn.Module):
+    """The usual way to write it."""
+
+    @torch.compile(backend=BACKEND, dynamic=False)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2.0 + 1.0
+
+
+class Helped(nn.Module):
+    """Calls a method that calls a function that calls what is compiled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.further(x) + 1.0
+
+    def further(self, x: torch.Tensor) -> torch.Tensor:
+        return indirectly(x)
+
+
+class Nested(nn.Module):
+    """Keeps a function deep in a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"a": [functools.partial(doubled)]}
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.kept["a"][0](x) + 1.0
+
+
+def indirectly(x: torch.Tensor) -> torch.Tensor:
+    return doubled(x)
+
+
 class Plainly(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2.0 + 1.0
 
 
-@pytest.mark.parametrize("kind", [Calling, Keeping])
+@pytest.mark.parametrize("kind", [Calling, Keeping, Decorated, Helped, Nested])
 def test_what_a_module_calls_is_run_as_it_is_compiled(kind: type[nn.Module]) -> None:
     before = BACKEND.calls
     comparison = verify(Plainly(), kind(), example(), level="quick")
     assert BACKEND.calls > before
     assert not comparison.passed
     assert any("as torch.compile has made it" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize("kind", [Calling, Decorated, Helped, Nested])
+def test_what_calls_compiled_code_is_fused_through_it(kind: type[nn.Module]) -> None:
+    result = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), kind()).eval(), torch.randn(1, 3, 8, 8))
+    assert result.report.capture == "symbolic"
+    assert (result.report.after.convolutions, result.report.after.nodes) == (1, 1)
 
 
 def test_a_compiled_module_is_put_back_when_it_was_run() -> None:
@@ -219,13 +260,86 @@ def test_what_a_compiled_module_writes_is_put_back() -> None:
     assert bool(other.seen.isnan().all())
 
 
+class Accumulating(nn.Module):
+    """Its answer depends on what it was asked before, and is its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.seen.add_(x.mean())
+
+
+def test_state_is_carried_on_as_the_original_carries_it() -> None:
+    other = compiled(Accumulating(), Counting())
+    assert verify(Accumulating(), other, example()).passed
+    assert not bool(other.seen.any())
+
+
+class Assigning(nn.Module):
+    """Puts another tensor in place of its buffer, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x.flatten()[:3] + 1.0
+        self.calls += 1
+        self.last = x
+        return x * 2.0
+
+
+def test_what_a_compiled_module_assigns_is_put_back() -> None:
+    inner = Assigning()
+    seen = inner.seen
+    assert verify(Assigning(), compiled(inner, Counting()), example(), level="quick").passed
+    assert inner.seen is seen
+    assert not bool(seen.any())
+    assert inner.calls == 0
+    assert not hasattr(inner, "last")
+
+
+def test_what_cannot_be_compared_is_refused_in_a_sentence() -> None:
+    with pytest.raises(InputError, match="the original is a function"):
+        verify(lambda x: x, net(), example())  # type: ignore[arg-type, return-value]
+    other = net()
+    other.register_buffer("odd", torch.eye(3).to_sparse())
+    with pytest.raises(InputError, match="odd of the candidate is a sparse_coo tensor"):
+        verify(net(), other, example())
+    other.odd = torch.zeros(3, device="meta")
+    with pytest.raises(InputError, match="odd of the candidate has no values"):
+        verify(net(), other, example())
+
+
+def test_a_copy_whose_compiled_forward_is_that_of_its_model_is_refused() -> None:
+    model = net()
+    model.forward = torch.compile(model.forward, backend=Counting())  # type: ignore[method-assign]
+    twin = copy.deepcopy(model)
+    for ask in (lambda: fuse(twin, example()), lambda: verify(net(), twin, example())):
+        with pytest.raises(InputError, match="is that of another Plain, as in a copy"):
+            ask()
+    assert fuse(model, example()).report.comparison.passed
+
+
+def test_a_layer_of_torch_whose_forward_is_compiled_is_fused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    model[0].forward = torch.compile(model[0].forward, backend=Counting(1.05))  # type: ignore[method-assign]
+    result = fuse(model, torch.randn(1, 3, 8, 8))
+    assert result.report.after.batch_norms == 0
+    assert not is_compiled(result.module)
+    assert not verify(result.module, model, torch.randn(1, 3, 8, 8), level="quick").passed
+
+
 def test_what_is_no_module_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for ask in (
         fuse,
         lambda model, x: export_onnx(model, x, tmp_path / "a"),
         lambda model, x: export_archive(model, x, tmp_path / "a"),
     ):
-        with pytest.raises(ReparamError):
+        with pytest.raises(InputError, match=r"expected a torch\.nn\.Module, got str"):
             ask("model", example())  # type: ignore[operator]
 
 
@@ -254,22 +368,65 @@ def test_what_is_shared_stays_shared() -> None:
 
 
 def test_two_threads_leave_torch_as_it_was() -> None:
-    entered, left = threading.Event(), threading.Event()
+    """The default dtype, the random state and the stance are those of the process."""
+    model, state = net(), torch.get_rng_state()
+    passed: list[bool] = []
+
+    def look() -> None:
+        passed.append(verify(model, copy.deepcopy(model), example(), level="quick").passed)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert passed == [True] * 4
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.get_rng_state(), state)
+    backend = Counting()
+    compiled(net(), backend)(example())
+    assert backend.calls == 1
+
+
+def test_two_threads_do_not_take_each_others_compiled_code_for_eager_code() -> None:
+    """One leaves `compiled` while the other is in the middle of a call."""
+    alone, passed = threading.Event(), {}
+
+    def waiting(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        alone.wait(0.5)
+        return Counting(1.05)(graph, inputs)
+
+    def look(name: str, backend: Any) -> None:
+        model = net()
+        candidate = nn.Sequential(Around(compiled(Doubling(), backend)), compiled(copy.deepcopy(model), Counting(1.05)))
+        reference = nn.Sequential(Around(Doubling()), model)
+        passed[name] = verify(reference, candidate, example(), level="quick").passed
+
+    threads = [
+        threading.Thread(target=look, args=("slow", waiting)),
+        threading.Thread(target=look, args=("b", Counting())),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert passed == {"slow": False, "b": False}
+
+
+def test_another_thread_waits() -> None:
+    entered, held = threading.Event(), []
 
     def other() -> None:
         with nothing_compiled():
             entered.set()
-            left.wait(10.0)
 
     thread = threading.Thread(target=other)
-    with nothing_compiled():
+    with nothing_compiled(), nothing_compiled():
         thread.start()
-        entered.wait(10.0)
-    left.set()
+        held.append(entered.wait(0.2))
     thread.join()
-    backend = Counting()
-    compiled(net(), backend)(example())
-    assert backend.calls == 1
+    assert held == [False]
+    assert entered.is_set()
 
 
 def test_a_copy_of_such_a_module_does_not_call_it() -> None:

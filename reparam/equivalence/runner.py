@@ -17,8 +17,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from reparam.compiled import as_deployed, calls_compiled, eager, nothing_compiled
+from reparam.compiled import as_deployed, eager, is_compiled, nothing_compiled
 from reparam.data import LIMIT, Data, read
 from reparam.equivalence.cases import Case, Slot, plan
 from reparam.equivalence.comparison import CaseResult, Comparison, Parting
@@ -32,7 +33,7 @@ from reparam.equivalence.parting import parting
 from reparam.equivalence.precision import PrivateCopy, deployment_dtype, first_line, rounding_failures, run
 from reparam.equivalence.session import Asked, Elsewhere, Noises, Session, session_of
 from reparam.errors import InputError, OtherInputError
-from reparam.inputs import ExampleInputs, Inputs
+from reparam.inputs import ExampleInputs, Inputs, not_dense
 
 BUDGET = 10.0
 _Model = TypeVar("_Model")
@@ -107,20 +108,19 @@ def verify(
             from elsewhere than torch, so that no seed repeats its answers.
     """
     inputs = Inputs.of(example_inputs)
+    _require_usable(original=original, candidate=candidate, deployed=deployed)
     given = candidate
     original, candidate, deployed = _looked_into(original), _looked_into(candidate), _looked_into(deployed)
     candidate_float64 = _looked_into(candidate_float64)
-    made = given if isinstance(given, nn.Module) and calls_compiled(given) else None
     if deployed is not None:
         dtype = deployment_dtype(deployed, inputs)
     else:
         dtype = original.dtype if isinstance(original, Elsewhere) else deployment_dtype(original, inputs)
-    runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module)) or made is not None
+    runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module))
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
     session = session_of(original, candidate, candidate_float64, rules, seed)
-    if made is not None:
-        session.candidate = as_deployed(made)
-        session.notes.append("the candidate was run as torch.compile has made it, in float64 as it was before")
+    if isinstance(given, nn.Module) and is_compiled(given):
+        _run_as_deployed(session, given)
     session.spent = spent
     if known is not None:
         session.known = known
@@ -133,7 +133,13 @@ def verify(
     for slot in plan(inputs, level, seed, vary_shapes, batches):
         if only is not None and not any(case.is_example or case.name in only for case in slot):
             continue
-        ran.append(_run_slot(session, slot, BUDGET if level == "standard" else float("inf")))
+        budget = BUDGET if level == "standard" else float("inf")
+        one = _run_slot(session, slot, budget)
+        if session.compiled and isinstance(session.candidate, PrivateCopy) and isinstance(given, nn.Module):
+            _run_as_deployed(session, given)
+            one = _run_slot(session, slot, float("inf"))
+        ran.append(one)
+    rules = session.rules
 
     def judged(cases: list[Ran]) -> Comparison:
         return gather(
@@ -154,12 +160,37 @@ def verify(
         ran = looked_at_again(session, original, deployed or original, ran, comparison.cases)
         comparison = judged(ran)
     told = comparison.passed or comparison.lacks_evidence
-    if told or not isinstance(original, nn.Module) or runtime or not find_parting:
+    if told or not isinstance(original, nn.Module) or rules.runtime or not find_parting:
         return comparison
     exact = candidate if candidate_float64 is None else candidate_float64
     failed = next((one.case for one, case in zip(ran, comparison.cases, strict=True) if case.failures), None)
     tried = inputs if failed is None else failed.inputs
     return replace(comparison, parting=_parting(original, exact, tried, seed))
+
+
+def _run_as_deployed(session: Session, candidate: nn.Module) -> None:
+    """From now on the candidate itself is called, and runs as `torch.compile` has made it."""
+    session.candidate = as_deployed(candidate)
+    session.rules = replace(session.rules, runtime=True)
+    session.notes.append("the candidate was run as torch.compile has made it, in float64 as it was before")
+
+
+def _require_usable(**models: Any) -> None:
+    """Refuses what cannot be compared.
+
+    Raises:
+        InputError: the original is no module, or a tensor of a model has no values, or is not dense.
+    """
+    for what, model in models.items():
+        if what == "original" and not isinstance(model, (nn.Module, Elsewhere)):
+            raise InputError(f"the original is a {type(model).__name__}; give a torch.nn.Module to compare with")
+        if not isinstance(model, nn.Module):
+            continue
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_lazy(tensor) or tensor.is_meta:
+                raise InputError(f"{name} of the {what} has no values; load its weights first")
+            if not_dense(tensor) is not None:
+                raise InputError(f"{name} of the {what} is a {not_dense(tensor)} tensor; make it a dense one")
 
 
 def _looked_into(model: _Model) -> _Model:

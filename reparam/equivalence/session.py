@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from reparam.compiled import entered
 from reparam.equivalence.cases import Case
 from reparam.equivalence.judge import Spread
 from reparam.equivalence.measured import Rules
@@ -68,7 +69,8 @@ class Session:
     `original64` is None for an original that does not run in float64; `candidate64` is None where, or once, the algebra
     cannot be asked; `original` is None once it is known to be `original64`. `judged64`: whether the float64
     difference is held against a bar. `single`: the original in float32, of a model in half precision. `known`: what was
-    measured of the original's noise; comparisons of several candidates with it may share that.
+    measured of the original's noise; comparisons of several candidates with it may share that. `compiled`: whether a
+    candidate that is a copy has called what `torch.compile` has made, which then ran uncompiled.
     """
 
     rules: Rules
@@ -85,6 +87,7 @@ class Session:
     spent: float = 0.0
     notes: list[str] = field(default_factory=list)
     known: dict[Any, Noises] = field(default_factory=dict)
+    compiled: bool = False
 
     def affordable(self, case: Case, budget: float) -> Asked | None:
         """The most that can be asked of a case; None if nothing can. Of what the user gave everything is."""
@@ -110,7 +113,10 @@ class Session:
         wide = self.rules.dtype == torch.float64 if dtype is None else dtype == torch.float64
         self.spent += case.relative_size * (1.0 if wide else NARROW_COST)
         default = self.rules.dtype != dtype
-        return run(model, case.inputs, seed=self.seed, dtype=dtype, drawn=drawn, default=default)
+        with entered() as called:
+            answer = run(model, case.inputs, seed=self.seed, dtype=dtype, drawn=drawn, default=default)
+        self.compiled |= bool(called) and model is self.candidate and isinstance(model, PrivateCopy)
+        return answer
 
 
 def session_of(
