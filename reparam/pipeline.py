@@ -22,7 +22,7 @@ from reparam.capture.scripts import graph_of_script
 from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
 from reparam.chance import refusal
-from reparam.compiled import eager, is_compiled, nothing_compiled
+from reparam.compiled import eager, entered, is_compiled, nothing_compiled
 from reparam.data import LIMIT, Batch, Data, read
 from reparam.equivalence import difference
 from reparam.equivalence import verify as verify_modules
@@ -139,7 +139,7 @@ def fuse(
     reference, said = in_inference_form(model, inference_form)
     own = Answers(reference, inputs)
     job = _Job(reference, inputs, own, capture, level, seed, stages, passes, prices, explain, fixed_sizes, batches)
-    with _explained(model, reference, inputs):
+    with _explained(model, reference, inputs), entered() as called:
         attempt = job.attempt(Ledger(judge=difference if level in _CHECKED else None), find_parting=True)
     undone: tuple[Undone, ...] = ()
     if not attempt.passed or attempt.faults:
@@ -147,6 +147,7 @@ def fuse(
             right, undone = without_faults(attempt, job.attempt, difference, stages.tell)
         attempt = attempt if right is None else right
     made, comparison = attempt.made, attempt.comparison
+    was_compiled |= bool(called) and made.how in ("symbolic", "export")  # in parts, what calls compiled code stays
     for piece in made.pieces:
         forget_float64(piece.module.graph)
     report = Report(

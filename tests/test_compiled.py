@@ -231,6 +231,7 @@ def test_what_calls_compiled_code_is_fused_through_it(kind: type[nn.Module]) -> 
     result = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), kind()).eval(), torch.randn(1, 3, 8, 8))
     assert result.report.capture == "symbolic"
     assert (result.report.after.convolutions, result.report.after.nodes) == (1, 1)
+    assert result.report.notes == ("the model was compiled by torch.compile; the fused one is not: compile it anew",)
 
 
 def test_a_compiled_module_is_put_back_when_it_was_run() -> None:
