@@ -451,6 +451,7 @@ def test_what_is_not_compiled_is_left_as_it_is() -> None:
     assert {id(one) for one in twin.parameters()} == {id(one) for one in model.parameters()}
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_exported(tmp_path: Path) -> None:
     model = net()
     candidate = compiled(model, Counting())

@@ -199,6 +199,7 @@ class Lost(Net):
         return y * (1.0 + 3.0 * torch.sin(1e8 * value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", sampled([2, 3], 2))
 def test_where_roundings_explain_it_a_few_are_looked_for_and_the_rest_goes(seed: int) -> None:
     model, told = randomised(Lost(), seed), []
@@ -231,6 +232,7 @@ class Beside(nn.Module):
         return self.heads[0](main), self.heads[1](features.relu().sum(2))
 
 
+@pytest.mark.slow
 def test_a_fault_beside_such_noise_is_undone_too() -> None:
     model, blank = randomised(Beside(), 7), torch.zeros(2, 3, 12, 12)
     untold = reparam.fuse(model, blank).report.undone

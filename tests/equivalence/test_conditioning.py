@@ -128,6 +128,7 @@ class Drowning(Chaotic):
         return self.head((1.0 + 3.0 * torch.sin(self.steepness * value)) * features)
 
 
+@pytest.mark.slow
 def test_noise_in_float32_that_cannot_grow_bounds_that_in_float64_no_more() -> None:
     alone = without_the_look(failing, Drowning, 2.0)
     looked_at = failing(Drowning, 2.0)
@@ -220,6 +221,7 @@ def test_a_wrong_weight_is_not_excused(kind: type[Plain], size: float, seeds: ra
 
 
 @A_FEW
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", sampled([13, 10, 8], 3))
 def test_a_candidate_does_not_excuse_itself(lost: int, seeds: range) -> None:
     """The original is well conditioned; that the candidate is not is its own fault, by little as by much."""
@@ -331,6 +333,7 @@ class Halving(Plain):
         return super().forward(x.half().to(x.dtype))
 
 
+@pytest.mark.slow
 def test_a_cast_inside_is_no_amplified_rounding() -> None:
     for seed in range(4):
         original = of(Halving, seed)
@@ -369,6 +372,7 @@ class Losing(Sawing):
         return (values + offset) - offset
 
 
+@pytest.mark.slow
 def test_noise_that_cannot_grow_excuses_no_more_than_it_is() -> None:
     """In float64 it grows as fast as in a model whose answers are noise; float32 shows that it stays a thousandth."""
     for seed in range(6):

@@ -145,6 +145,7 @@ class Flipping(Removing):
         return torch.where(same, 1.01 * self.logits(x), self.logits(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     sampled(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -159,6 +160,7 @@ class Shifted(Choosing):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_candidate_that_decides_otherwise_by_far_is_refused_where_the_original_now_and_then_does() -> None:
     asked = 0
     for seed in range(6):
@@ -192,6 +194,7 @@ class WrongInOne(Twice):
         return (1.05 * first, last) if float(first.sum()) * 2**22 % 5 < 1 else (first, 1.05 * last)
 
 
+@pytest.mark.slow
 def test_every_output_counts_in_the_runs_that_excuse() -> None:
     for seed in range(6):
         original = Twice(seed).eval()
@@ -244,6 +247,7 @@ def beside_a_tie(kind: type[Batch], seed: int) -> tuple[Batch, Batch, torch.Tens
     return (original, candidate, x) if is_tie and is_clear else None
 
 
+@pytest.mark.slow
 def test_a_near_tie_excuses_no_error_in_another_image_nor_output() -> None:
     asked = 0
     for kind in (Batch, Apart):
@@ -255,6 +259,7 @@ def test_a_near_tie_excuses_no_error_in_another_image_nor_output() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_near_tie_is_one_beside_an_image_that_is_none() -> None:
     told = found = 0
     for original, candidate, x in ties():
@@ -264,6 +269,7 @@ def test_a_near_tie_is_one_beside_an_image_that_is_none() -> None:
     assert told >= found / 2
 
 
+@pytest.mark.slow
 def test_what_parts_equals_is_refused() -> None:
     erred = 0
     for seed in range(8):
