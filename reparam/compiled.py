@@ -103,8 +103,8 @@ def _inside(module: nn.Module) -> nn.Module:
 def as_deployed(module: nn.Module) -> Callable[..., Any]:
     """Calls a compiled module itself, in eval mode: a copy is compiled anew, and not always likewise.
 
-    When `nothing_compiled` ends, its modes, buffers and attributes are put back; objects that its attributes refer to,
-    and that it changes, are not.
+    It is to be called within `compiled`. When `nothing_compiled` ends, its modes, buffers and attributes are put back;
+    objects that its attributes refer to, and that it changes, are not.
     """
     device = next((parameter.device for parameter in module.parameters()), None)
     _AFTERWARDS.enter_context(_put_back(module))
@@ -112,8 +112,7 @@ def as_deployed(module: nn.Module) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if device is not None:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, kwargs))
-        with compiled():
-            return module(*args, **kwargs)
+        return module(*args, **kwargs)
 
     return call
 

@@ -7,11 +7,12 @@ Imports torch and nothing of ours but the errors, so that every room may use it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from reparam.errors import InputError
@@ -84,7 +85,7 @@ class Inputs:
 _OF_A_DTYPE = re.compile(r"not implemented for '|dtypes? (is |are )?not supported", re.IGNORECASE)
 
 
-def cannot_run(error: BaseException, inputs: Inputs, where: str = "") -> InputError:
+def cannot_run(error: BaseException, inputs: Inputs, where: str) -> InputError:
     """What to say of a model that raised `error` on the example inputs, at the module `where`."""
     given = ", ".join(f"{_dtype(t)} of {'x'.join(map(str, t.shape)) or 'no dimensions'}" for t in inputs.tensors())
     lines = str(error).strip().splitlines()
@@ -94,12 +95,29 @@ def cannot_run(error: BaseException, inputs: Inputs, where: str = "") -> InputEr
         if _OF_A_DTYPE.search(what)
         else "pass inputs of the shape and dtype that it expects"
     )
-    at = f"{where}: " if where else ""
-    return InputError(f"the model cannot run on the example input ({given}): {at}{what}; {remedy}")
+    return InputError(f"the model cannot run on the example input ({given}): {where}: {what}; {remedy}")
 
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def unusable(held: Iterable[tuple[str, torch.Tensor]], *, meta: bool = False) -> str | None:
+    """What is wrong with the first of these tensors that has no values, or is not dense; None if all are of use.
+
+    Args:
+        held: tensors of a model, or given to it, by name.
+        meta: whether those of the meta device will do.
+    """
+    for name, tensor in held:
+        if is_lazy(tensor):
+            return f"{name} has no values yet; run the model once, or load its weights"
+        if tensor.is_meta and not meta:
+            return f"{name} is on the meta device and has no values; load the weights first"
+        kind = not_dense(tensor)
+        if kind is not None:
+            return f"{name} is a {kind} tensor; make it a dense one, with .to_dense()"
+    return None
 
 
 def not_dense(tensor: torch.Tensor) -> str | None:

@@ -30,7 +30,7 @@ from reparam.equivalence.session import Noises
 from reparam.errors import CaptureError, InputError, NotEquivalentError, UnfitModelError
 from reparam.graph.build import float64_twin, forget_float64
 from reparam.graph.register import leaves
-from reparam.inputs import ExampleInputs, Inputs
+from reparam.inputs import ExampleInputs, Inputs, unusable
 from reparam.partial import NothingCapturedError, assembled
 from reparam.passes import Pass, pipeline
 from reparam.passes.base import Place, Refusal, Rewrite, Undone
@@ -412,10 +412,9 @@ def _graphs(pieces: Mapping[str, Piece]) -> GraphView:
 def _require_values(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    held = (*model.named_parameters(), *model.named_buffers())
-    without = next((name for name, tensor in held if tensor.is_meta), None)
-    if without is not None:
-        raise InputError(f"{without} is on the meta device and has no values; load the weights first")
+    wrong = unusable((*model.named_parameters(), *model.named_buffers()))
+    if wrong is not None:
+        raise InputError(wrong)
 
 
 def _machine_of(model: nn.Module) -> str:

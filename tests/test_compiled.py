@@ -308,10 +308,10 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence() -> None:
         verify(lambda x: x, net(), example())  # type: ignore[arg-type, return-value]
     other = net()
     other.register_buffer("odd", torch.eye(3).to_sparse())
-    with pytest.raises(InputError, match="odd of the candidate is a sparse_coo tensor"):
+    with pytest.raises(InputError, match="the candidate cannot be compared: odd is a sparse_coo tensor; make it"):
         verify(net(), other, example())
     other.odd = torch.zeros(3, device="meta")
-    with pytest.raises(InputError, match="odd of the candidate has no values"):
+    with pytest.raises(InputError, match="the candidate cannot be compared: odd is on the meta device"):
         verify(net(), other, example())
 
 

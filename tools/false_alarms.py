@@ -12,10 +12,10 @@ dtype is as large as its answers, is counted apart: nothing can be told there, w
 A model that is, attribute by attribute, the network of another one under another name (`same_network.py`) is not run
 again, and is counted apart. Weights are random, BatchNorms are calibrated, images as small as 64 x 64 where the model
 takes them. With `--half-products float32` float16 and bfloat16 are multiplied as hardware with instructions for them
-does (`half_products.py`), where torch's own kernels would take days. The smallest model of each family goes first, then
-the others, by size. Results go to `false_alarms.json`
-and `.md`: a run that was stopped goes on where it was, unless the engine has changed since. With `--keep-older` rows of
-an older engine stay, and the table says so. Exit status 1 if there is an alarm or a missed fault.
+does (`half_products.py`); some of torch's own kernels take many times as long. The smallest model of each family goes
+first, then the others, by size. Results go to `false_alarms.json` and `.md`: a run that was stopped goes on where it
+was, unless the engine has changed since. With `--keep-older` rows of an older engine stay, and the table says so. Exit
+status 1 if there is an alarm or a missed fault.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from reparam.capture.agreement import Answers, answers_alike, graph_answers_as
@@ -39,7 +38,7 @@ from reparam.chance import Generators
 from reparam.checks import Guards, require_value
 from reparam.copying import copied, parameters_kept, twin_of
 from reparam.errors import CaptureError, InputError, ReparamError, UnfitModelError
-from reparam.inputs import ExampleInputs, Inputs, cannot_run, not_dense
+from reparam.inputs import ExampleInputs, Inputs, cannot_run, unusable
 
 __all__ = ["capture", "private_copy", "require_value"]
 
@@ -100,13 +99,9 @@ def _has_forward(model: nn.Module) -> bool:
 
 def _check_tensors(model: nn.Module, inputs: Inputs) -> None:
     held = dict((*model.named_parameters(), *model.named_buffers()))
-    lazy = [name for name, tensor in held.items() if is_lazy(tensor)]
-    if lazy:
-        raise InputError(f"{lazy[0]} has no values yet; run the model once, or load its weights")
-    for name, tensor in (*held.items(), *(("an example input", tensor) for tensor in inputs.tensors())):
-        kind = None if is_lazy(tensor) else not_dense(tensor)
-        if kind is not None:
-            raise InputError(f"{name} is a {kind} tensor; make it a dense one, with .to_dense()")
+    wrong = unusable((*held.items(), *(("an example input", tensor) for tensor in inputs.tensors())), meta=True)
+    if wrong is not None:
+        raise InputError(wrong)
     first = {tensor.device: name for name, tensor in reversed(held.items())}
     if len(first) > 1:
         where = " and ".join(f"{name} on {device}" for device, name in [*first.items()][-2:])

@@ -17,7 +17,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from reparam.compiled import as_deployed, eager, is_compiled, nothing_compiled
 from reparam.data import LIMIT, Data, read
@@ -33,7 +32,7 @@ from reparam.equivalence.parting import parting
 from reparam.equivalence.precision import PrivateCopy, deployment_dtype, first_line, rounding_failures, run
 from reparam.equivalence.session import Asked, Elsewhere, Noises, Session, session_of
 from reparam.errors import InputError, OtherInputError
-from reparam.inputs import ExampleInputs, Inputs, not_dense
+from reparam.inputs import ExampleInputs, Inputs, unusable
 
 BUDGET = 10.0
 _Model = TypeVar("_Model")
@@ -69,7 +68,8 @@ def verify(
     per channel. *Numeric*: in the deployment dtype, the candidate's error against the float64 truth is at most
     `noise_factor` times the original's own, by the rule in `judge.py`. A candidate that is no `nn.Module`
     (a runtime session) is asked the second question only. The caller's modules are never changed, and only one that
-    calls compiled code is run itself.
+    calls compiled code is run itself. While this works torch's default dtype may be float64, and what is compiled runs
+    uncompiled, in the whole process; other threads that fuse, verify or export wait.
 
     Args:
         original: the reference; run in eval mode. One that runs elsewhere than in torch is an `Elsewhere`; if that
@@ -134,8 +134,10 @@ def verify(
         if only is not None and not any(case.is_example or case.name in only for case in slot):
             continue
         budget = BUDGET if level == "standard" else float("inf")
+        said = len(session.notes)
         one = _run_slot(session, slot, budget)
         if session.compiled and isinstance(session.candidate, PrivateCopy) and isinstance(given, nn.Module):
+            del session.notes[said:]
             _run_as_deployed(session, given)
             one = _run_slot(session, slot, float("inf"))
         ran.append(one)
@@ -184,13 +186,10 @@ def _require_usable(**models: Any) -> None:
     for what, model in models.items():
         if what == "original" and not isinstance(model, (nn.Module, Elsewhere)):
             raise InputError(f"the original is a {type(model).__name__}; give a torch.nn.Module to compare with")
-        if not isinstance(model, nn.Module):
-            continue
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if is_lazy(tensor) or tensor.is_meta:
-                raise InputError(f"{name} of the {what} has no values; load its weights first")
-            if not_dense(tensor) is not None:
-                raise InputError(f"{name} of the {what} is a {not_dense(tensor)} tensor; make it a dense one")
+        if isinstance(model, nn.Module):
+            wrong = unusable((*model.named_parameters(), *model.named_buffers()))
+            if wrong is not None:
+                raise InputError(f"the {what} cannot be compared: {wrong}")
 
 
 def _looked_into(model: _Model) -> _Model:
