@@ -8,29 +8,34 @@ its user's models down. So nothing compiles while reparam looks (`nothing_compil
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 from unittest import mock
 
 import torch
 import torch._dynamo
 from torch import nn
-from torch._dynamo import eval_frame
+from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
-from reparam.copying import copied, has_compiled_forward, made_of_another
+from reparam.copying import compiled_methods, copied
 from reparam.errors import InputError
+
+_TORCH = os.path.dirname(torch.__file__)
+_OPERATORS = (os.path.join(_TORCH, "_higher_order_ops", ""), os.path.join(_TORCH, "nn", "attention", ""))
 
 
 def is_compiled(module: object) -> bool:
-    """Whether `torch.compile` has wrapped the module or one in it, or has made their calls or forwards."""
+    """Whether `torch.compile` has wrapped the module or one in it, or has made their calls or methods."""
     return isinstance(module, nn.Module) and any(
         isinstance(part, OptimizedModule)
         or getattr(part, "_compiled_call_impl", None) is not None
-        or has_compiled_forward(part)
+        or bool(compiled_methods(part))
         for part in module.modules()
     )
 
@@ -45,12 +50,20 @@ def entered() -> Iterator[list[str]]:
         return
 
     def noting(callback: Any) -> Any:
-        if callable(callback) and threading.get_ident() == thread:
+        if callable(callback) and threading.get_ident() == thread and not _of_torch():
             found.append("compiled")
         return own(callback)
 
     with mock.patch.object(eval_frame, "_callback_from_stance", noting):
         yield found
+
+
+def _of_torch() -> bool:
+    """Whether an operator of torch makes the call, one that is compiled wherever it is called, such as `torch.cond`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename in (__file__, eval_frame.__file__):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_OPERATORS)
 
 
 def eager(module: nn.Module) -> nn.Module:
@@ -59,12 +72,13 @@ def eager(module: nn.Module) -> nn.Module:
     It shares the parameters with `module`; where more than its outermost wrapper goes it is a copy.
 
     Raises:
-        InputError: it is no module; a wrapper has hooks, which the module inside has not; or a forward is that of
-            another module.
+        InputError: it is no module; a wrapper has hooks, which the module inside has not; or a compiled method is that
+            of a module which is not in it.
     """
     given: object = module
     if not isinstance(given, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(given).__name__}")
+    inside = set(module.modules())
     for path, part in module.named_modules():
         if isinstance(part, OptimizedModule) and (part._forward_hooks or part._forward_pre_hooks):
             where = f" at {path}" if path else ""
@@ -72,12 +86,14 @@ def eager(module: nn.Module) -> nn.Module:
                 f"what torch.compile has made{where} has forward hooks, which the module inside has not; put them on "
                 "that one before it is compiled"
             )
-        if not isinstance(part, OptimizedModule) and made_of_another(part):
-            where = f" at {path}" if path else ""
-            raise InputError(
-                f"the compiled forward{where} is that of another {type(part).__name__}, as in a copy; compile the "
-                "copy's own forward"
-            )
+        for name, method in compiled_methods(part).items():
+            owner = method.__self__
+            if isinstance(owner, nn.Module) and owner not in inside:
+                where = f"{path}.{name}" if path else name
+                raise InputError(
+                    f"the compiled {where} is a method of a {type(owner).__name__} that is not in the model, as in a "
+                    "copy; compile the copy's own"
+                )
     module = _inside(module)
     if not is_compiled(module):
         return module
@@ -86,6 +102,8 @@ def eager(module: nn.Module) -> nn.Module:
     except Exception as error:
         raise InputError(f"{type(module).__name__} cannot be copied, to take torch.compile off ({error})") from error
     for part in [*twin.modules()]:  # what copies itself in its own way copies what is in it as it is
+        if isinstance(part, torch.jit.ScriptModule):
+            continue  # nothing in it can be compiled
         part._modules.update((name, _inside(child)) for name, child in part._modules.items() if child is not None)
     if is_compiled(twin):
         raise InputError(
@@ -103,8 +121,9 @@ def _inside(module: nn.Module) -> nn.Module:
 def as_deployed(module: nn.Module) -> Callable[..., Any]:
     """Calls a compiled module itself, in eval mode: a copy is compiled anew, and not always likewise.
 
-    It is to be called within `compiled`. When `nothing_compiled` ends, its modes, buffers and attributes are put back;
-    objects that its attributes refer to, and that it changes, are not.
+    It is to be called within `compiled`. When `nothing_compiled` ends, its modes, buffers and attributes are put back,
+    and so is what was in the place of each parameter and child; what it writes into a parameter, or into an object that
+    an attribute refers to, is not.
     """
     device = next((parameter.device for parameter in module.parameters()), None)
     _AFTERWARDS.enter_context(_put_back(module))
@@ -119,32 +138,70 @@ def as_deployed(module: nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def _put_back(module: nn.Module) -> Iterator[None]:
-    attributes = [(held, dict(held)) for part in module.modules() for held in (vars(part), part._buffers)]
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    held = [(one, dict(one)) for part in parts for one in (vars(part), part._buffers, part._parameters, part._modules)]
+    scripts = [part for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]
+    modes = [(part, part.training) for part in scripts if hasattr(part, "training")]
     values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    for part in module.modules():
+    for part in (*parts, *(part for part, _ in modes)):
         part.training = False
     try:
         yield
     finally:
-        for held, before in attributes:
-            held.clear()
-            held.update(before)
+        for one, before in held:
+            one.clear()
+            one.update(before)
+        for part, training in modes:
+            part.training = training
         with torch.no_grad():
             for buffer, value in values:
-                if not bool(((buffer == value) | ((buffer != buffer) & (value != value))).all()):
+                if buffer.shape != value.shape:
+                    buffer.set_(value)  # type: ignore[call-overload]
+                elif not bool(((buffer == value) | ((buffer != buffer) & (value != value))).all()):
                     buffer.copy_(value)
 
 
 _ALONE = threading.RLock()
 """Torch's stance, its default dtype and its random state are the process's: two that look at once would take each
 other's for the user's, and leave them there."""
+_COMPILING: Any = getattr(convert_frame, "compile_lock", None) or threading.RLock()
+_PATIENCE, _LONGER = 60.0, 600.0
+"""Seconds to wait for what others compile, and, while this thread compiles, for others who look: they may be waiting
+for each other."""
 _AFTERWARDS = ExitStack()
-_LOOKING: list[None] = []
+
+
+class _NobodyCompiles:
+    """Torch's lock for those who compile: they set the default dtype and the random state to what they have found."""
+
+    def __init__(self) -> None:
+        self._held = False
+
+    def begin(self) -> None:
+        """Waits for those who do, but not for ever."""
+        self._held = _COMPILING.acquire(timeout=_PATIENCE)
+
+    def pause(self) -> None:
+        """They may, until it begins again."""
+        if self._held:
+            self._held = False
+            _COMPILING.release()
+
+    def __enter__(self) -> _NobodyCompiles:
+        self.begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pause()
+
+
+_LOOKING: list[_NobodyCompiles] = []
 
 
 def _unlock() -> None:
     global _ALONE
     _ALONE = threading.RLock()
+    _LOOKING.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -152,15 +209,34 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
+def _alone() -> Iterator[None]:
+    lock = _ALONE
+    if not lock.acquire(timeout=_LONGER if _COMPILING._is_owned() else -1.0):
+        raise InputError(
+            "another thread fuses or verifies, and a backend of torch.compile cannot wait for it any longer; try again"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """Within it what is compiled runs as if it were not, and symbolic tracing goes into it. One thread at a time."""
-    with _ALONE:
+    """Within it what is compiled runs as if it were not, and symbolic tracing goes into it. One thread at a time.
+
+    Raises:
+        InputError: a backend of `torch.compile` calls this while another thread works, and that takes long.
+    """
+    with _alone():
         if _LOOKING:
             yield
             return
-        _LOOKING.append(None)
+        nobody = _NobodyCompiles()
+        _LOOKING.append(nobody)
         try:
             with (
+                nobody,
                 torch.compiler.set_stance("force_eager"),
                 torch._dynamo.config.patch(error_on_nested_fx_trace=False),
                 _AFTERWARDS,
@@ -173,8 +249,14 @@ def nothing_compiled() -> Iterator[None]:
 @contextmanager
 def compiled() -> Iterator[None]:
     """Within it, and within `nothing_compiled`, what is compiled runs compiled, or raises."""
-    with (
-        torch.compiler.set_stance("default"),
-        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),  # else torch turns to eager code, in silence
-    ):
-        yield
+    for nobody in _LOOKING:
+        nobody.pause()  # a model may call others' threads, and wait for them
+    try:
+        with (
+            torch.compiler.set_stance("default"),
+            torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),  # else torch turns to eager code, in silence
+        ):
+            yield
+    finally:
+        for nobody in _LOOKING:
+            nobody.begin()

@@ -7,21 +7,22 @@ in turn, and only attributes that are neither plain values nor torch's own dicti
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.external_utils import wrap_inline
 
 from reparam.errors import UnfitModelError
 from reparam.lazy import Guarded, WrittenError, results_held
 from reparam.quiet import without_copying_warnings
 
+_WRAP_INLINE = wrap_inline(len).__code__
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, type)
 
 
@@ -90,11 +91,10 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif name == "_parameters":
             state[name] = dict(value)
         elif name == "_compiled_call_impl":
-            state[name] = None  # it would call the module itself, as would the forward that is compiled here:
-        elif name == "forward" and has_compiled_forward(module):
-            method = inspect.unwrap(value)
-            if method.__func__ is not type(module).forward:
-                state[name] = MethodType(method.__func__, twin)
+            state[name] = None  # it would call the module itself, as would these methods:
+        elif (method := compiled_method(value)) is not None:
+            if name != "forward" or method.__self__ is not module or method.__func__ is not type(module).forward:
+                state[name] = _bound_to_twin(method, memo)
         elif isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(item, _PLAIN) for item in value)):
             state[name] = value
         elif name == "_buffers":
@@ -106,28 +106,28 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
-def has_compiled_forward(module: nn.Module) -> bool:
-    """Whether the module's own forward was put in its place as `torch.compile` has made it."""
-    method = _compiled_forward(module)
-    return method is not None and method.__self__ is module
+def compiled_methods(module: nn.Module) -> dict[str, MethodType]:
+    """By attribute, the methods that were put into the module as `torch.compile` has made them: its own, or others'."""
+    found = ((name, compiled_method(value)) for name, value in vars(module).items())
+    return {name: method for name, method in found if method is not None}
 
 
-def made_of_another(module: nn.Module) -> bool:
-    """Whether its forward is what `torch.compile` has made of another module's, as it is in copies."""
-    method = _compiled_forward(module)
-    return method is not None and method.__self__ is not module
+def compiled_method(value: Any) -> MethodType | None:
+    """The bound method that `torch.compile` has made this function of; None for all else."""
+    inner = value
+    while isinstance(inner, FunctionType) and not hasattr(inner, "_torchdynamo_disable"):
+        inner = getattr(inner, "_torchdynamo_orig_callable", None)
+        if isinstance(inner, FunctionType) and inner.__code__ is _WRAP_INLINE:
+            inner = vars(inner)["__wrapped__"]  # torch's own wrapper, around what a decorator of torch has made
+        if isinstance(inner, MethodType):
+            return inner
+    return None
 
 
-def _compiled_forward(module: nn.Module) -> MethodType | None:
-    forward = vars(module).get("forward")
-    if (
-        forward is None
-        or not hasattr(forward, "_torchdynamo_orig_callable")
-        or hasattr(forward, "_torchdynamo_disable")
-    ):
-        return None
-    method = inspect.unwrap(forward)
-    return method if isinstance(method, MethodType) else None
+def _bound_to_twin(method: MethodType, memo: dict[int, Any]) -> MethodType:
+    owner = method.__self__
+    twin = _module(owner, memo) if isinstance(owner, nn.Module) else copy.deepcopy(owner, memo)
+    return MethodType(method.__func__, twin)
 
 
 def _buffer(buffer: Any, memo: dict[int, Any]) -> Any:

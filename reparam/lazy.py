@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -228,14 +229,22 @@ def shared_storages(copied: nn.Module) -> frozenset[int]:
 
 
 class Guarded(TorchDispatchMode):
-    """Inside, nothing is written to some storages: `WrittenError` is raised before it would be."""
+    """Inside, nothing is written to some storages: `WrittenError` is raised before it would be.
+
+    Operators that call functions (`torch.cond`) are not looked into: torch refuses those that write to their arguments.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self, storages: frozenset[int]) -> None:
         super().__init__()
         self._storages = storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        require_unwritten(func, args, kwargs or {}, self._is_shared)
+        if not isinstance(func, HigherOrderOperator):
+            require_unwritten(func, args, kwargs or {}, self._is_shared)
+        elif "mutation" in func.name():
+            raise WrittenError(f"{func.name()} may write to its arguments")
         return func(*args, **(kwargs or {}))
 
     def _is_shared(self, tensor: torch.Tensor) -> bool:

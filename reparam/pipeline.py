@@ -17,6 +17,7 @@ from torch import nn
 
 from reparam.capture.agreement import Answers
 from reparam.capture.draws import failure, find_draws
+from reparam.capture.exported import opened_programs
 from reparam.capture.inference import Form, Said, in_inference_form
 from reparam.capture.scripts import graph_of_script
 from reparam.capture.trace import WAYS
@@ -122,7 +123,7 @@ def fuse(
             something had to be undone. No module is returned.
     """
     _require_values(model)
-    was_compiled, model = is_compiled(model), eager(model)
+    was_compiled, model = is_compiled(model), opened_programs(eager(model))
     level = _level(verify)
     _require_options(capture, explain, fixed_sizes, passes)
     prices = cost_model(objective, _machine_of(model) if machine is None else machine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -36,3 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     draw.shuffle(files)
     place = {path: index for index, path in enumerate(files)}
     items.sort(key=lambda item: (place[item.path], draw.random()))
+
+
+@pytest.fixture
+def nothing_compiled_before() -> Iterator[None]:
+    """What torch knows of the code of one test shall not decide another."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,10 +1,9 @@
-"""Modules that `torch.compile` has wrapped: fused without it, compared as they run, and compiled still after that."""
+"""Modules that `torch.compile` has wrapped: fused without it, and compared as they run."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,55 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from reparam import InputError, export_archive, export_onnx, fuse, verify
-from reparam.compiled import eager, is_compiled, nothing_compiled
+from reparam.compiled import eager, is_compiled
 from reparam.copying import copied
-from tests.equivalence.nets import Plain, example, randomise
+from tests.compiling import Around, Counting, Doubling, compiled, net
+from tests.equivalence.nets import example
 
-
-class Counting:
-    """A backend that runs the graph as it is, or, of float32, `factor` times that; it counts its calls."""
-
-    def __init__(self, factor: float = 1.0) -> None:
-        self.factor, self.calls = factor, 0
-
-    def __deepcopy__(self, memo: Any) -> Counting:
-        return self  # a copy of what is compiled with it counts here, too
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            self.calls += 1
-            return tuple(t * self.factor if t.dtype == torch.float32 else t for t in graph.forward(*args))
-
-        return run
-
-
-@pytest.fixture(autouse=True)
-def _forgotten() -> Any:
-    """What torch knows of the code of one test shall not decide another."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def net() -> nn.Module:
-    return randomise(Plain(), seed=0).eval()
-
-
-def compiled(module: nn.Module, backend: Any) -> Any:
-    return torch.compile(module, backend=backend, dynamic=False)
-
-
-class Around(nn.Module):
-    """Holds a module."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.inner(x) + 1.0
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 
 
 def test_what_is_compiled_is_fused_as_what_it_was() -> None:
@@ -110,21 +69,6 @@ def test_in_other_dtypes_it_is_compared_as_it_runs_too(dtype: torch.dtype) -> No
     assert backend.calls
 
 
-def test_what_is_compiled_stays_so_when_it_was_looked_at() -> None:
-    """Under modes torch runs compiled code uncompiled, and from then on always."""
-    model, backend = net(), Counting()
-    candidate = compiled(model, backend)
-    candidate(example())
-    fuse(candidate, example())
-    verify(model, candidate, example(), level="quick")
-    verify(candidate, model, example(), level="quick")
-    fuse(Around(candidate).eval(), example())
-    for one in (candidate, compiled(net(), backend)):
-        before = backend.calls
-        one(example())
-        assert backend.calls == before + 1
-
-
 def in_place(model: nn.Module, backend: Any) -> nn.Module:
     model.compile(backend=backend, dynamic=False)
     return model
@@ -161,11 +105,6 @@ class Calling(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return doubled(x) + 1.0
-
-
-class Doubling(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * 2.0
 
 
 class Keeping(nn.Module):
@@ -234,33 +173,6 @@ def test_what_calls_compiled_code_is_fused_through_it(kind: type[nn.Module]) -> 
     assert result.report.notes == ("the model was compiled by torch.compile; the fused one is not: compile it anew",)
 
 
-def test_a_compiled_module_is_put_back_when_it_was_run() -> None:
-    model = net()
-    other = compiled(copy.deepcopy(model).train(), Counting())
-    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    assert verify(model, other, example(), level="quick").passed
-    assert all(part.training for part in other.modules())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
-
-
-class Remembering(nn.Module):
-    """Writes to a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.full((3,), float("nan")))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.copy_(x.flatten()[:3])
-        return x * 2.0
-
-
-def test_what_a_compiled_module_writes_is_put_back() -> None:
-    other = compiled(Remembering(), Counting())
-    assert verify(Remembering(), other, example(), level="quick").passed
-    assert bool(other.seen.isnan().all())
-
-
 class Accumulating(nn.Module):
     """Its answer depends on what it was asked before, and is its buffer."""
 
@@ -276,31 +188,6 @@ def test_state_is_carried_on_as_the_original_carries_it() -> None:
     other = compiled(Accumulating(), Counting())
     assert verify(Accumulating(), other, example()).passed
     assert not bool(other.seen.any())
-
-
-class Assigning(nn.Module):
-    """Puts another tensor in place of its buffer, and counts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(3))
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen = x.flatten()[:3] + 1.0
-        self.calls += 1
-        self.last = x
-        return x * 2.0
-
-
-def test_what_a_compiled_module_assigns_is_put_back() -> None:
-    inner = Assigning()
-    seen = inner.seen
-    assert verify(Assigning(), compiled(inner, Counting()), example(), level="quick").passed
-    assert inner.seen is seen
-    assert not bool(seen.any())
-    assert inner.calls == 0
-    assert not hasattr(inner, "last")
 
 
 def test_what_cannot_be_compared_is_refused_in_a_sentence() -> None:
@@ -320,7 +207,7 @@ def test_a_copy_whose_compiled_forward_is_that_of_its_model_is_refused() -> None
     model.forward = torch.compile(model.forward, backend=Counting())  # type: ignore[method-assign]
     twin = copy.deepcopy(model)
     for ask in (lambda: fuse(twin, example()), lambda: verify(net(), twin, example())):
-        with pytest.raises(InputError, match="is that of another Plain, as in a copy"):
+        with pytest.raises(InputError, match="the compiled forward is a method of a Plain that is not in the model, as in a copy"):
             ask()
     assert fuse(model, example()).report.comparison.passed
 
@@ -344,13 +231,6 @@ def test_what_is_no_module_is_refused_in_a_sentence(tmp_path: Path) -> None:
             ask("model", example())  # type: ignore[operator]
 
 
-def test_what_torch_compiles_no_more_fails() -> None:
-    """It has a limit for the code of a class, beyond which it runs eager code without a word."""
-    models = [(net(), Counting(1.05)) for _ in range(torch._dynamo.config.recompile_limit + 2)]
-    for model, backend in models:
-        assert not verify(net(), compiled(model, backend), example(), level="quick").passed
-
-
 def test_hooks_on_what_was_compiled_are_not_lost() -> None:
     candidate = compiled(net(), Counting())
     candidate.register_forward_hook(lambda module, inputs, output: output * 2.0)
@@ -366,68 +246,6 @@ def test_what_is_shared_stays_shared() -> None:
     assert isinstance(twin, nn.Sequential)
     assert twin[0] is twin[1]
     assert twin[0].inner.weight is inner.weight
-
-
-def test_two_threads_leave_torch_as_it_was() -> None:
-    """The default dtype, the random state and the stance are those of the process."""
-    model, state = net(), torch.get_rng_state()
-    passed: list[bool] = []
-
-    def look() -> None:
-        passed.append(verify(model, copy.deepcopy(model), example(), level="quick").passed)
-
-    threads = [threading.Thread(target=look) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert passed == [True] * 4
-    assert torch.get_default_dtype() == torch.float32
-    assert torch.equal(torch.get_rng_state(), state)
-    backend = Counting()
-    compiled(net(), backend)(example())
-    assert backend.calls == 1
-
-
-def test_two_threads_do_not_take_each_others_compiled_code_for_eager_code() -> None:
-    """One leaves `compiled` while the other is in the middle of a call."""
-    alone, passed = threading.Event(), {}
-
-    def waiting(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        alone.wait(0.5)
-        return Counting(1.05)(graph, inputs)
-
-    def look(name: str, backend: Any) -> None:
-        model = net()
-        candidate = nn.Sequential(Around(compiled(Doubling(), backend)), compiled(copy.deepcopy(model), Counting(1.05)))
-        reference = nn.Sequential(Around(Doubling()), model)
-        passed[name] = verify(reference, candidate, example(), level="quick").passed
-
-    threads = [
-        threading.Thread(target=look, args=("slow", waiting)),
-        threading.Thread(target=look, args=("b", Counting())),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert passed == {"slow": False, "b": False}
-
-
-def test_another_thread_waits() -> None:
-    entered, held = threading.Event(), []
-
-    def other() -> None:
-        with nothing_compiled():
-            entered.set()
-
-    thread = threading.Thread(target=other)
-    with nothing_compiled(), nothing_compiled():
-        thread.start()
-        held.append(entered.wait(0.2))
-    thread.join()
-    assert held == [False]
-    assert entered.is_set()
 
 
 def test_a_copy_of_such_a_module_does_not_call_it() -> None:
@@ -459,3 +277,63 @@ def test_what_is_compiled_is_exported(tmp_path: Path) -> None:
     assert file.checked
     program = torch.export.load(export_archive(candidate, example(), tmp_path / "model.pt2")).module()
     torch.testing.assert_close(program(example()), model(example()))
+
+
+class Scaling(nn.Module):
+    """Counts its calls, and multiplies by that; it calls a function that may be compiled."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], start: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.full((1,), start))
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1.0)
+        return self.function(x) * self.count
+
+
+@pytest.mark.parametrize("level", ["quick", "standard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_code_that_is_found_late_begins_with_the_same_state(level: str, dtype: torch.dtype) -> None:
+    well = torch.compile(lambda x: x * 2.0, backend=Counting(), dynamic=False)
+    reference = Scaling(lambda x: x * 2.0).to(dtype)
+    assert verify(reference, Scaling(well).to(dtype), example().to(dtype), level=level).passed
+    assert not verify(reference, Scaling(well, start=1.0).to(dtype), example().to(dtype), level=level).passed
+
+
+def test_within_a_mode_that_keeps_it_from_running_it_is_refused() -> None:
+    with FlopCounterMode(display=False), pytest.raises(InputError, match="within FlopCounterMode what torch"):
+        verify(net(), compiled(net(), Counting(1.05)), example(), level="quick")
+
+
+def test_what_a_backend_says_is_told() -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        raise ZeroDivisionError("of all things")
+
+    comparison = verify(net(), compiled(net(), backend), example(), level="quick")
+    assert not comparison.passed
+    assert "ZeroDivisionError: of all things" in comparison.cases[0].failures[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.*deprecated")
+def test_scripts_beside_what_is_compiled_are_left() -> None:
+    script = torch.jit.script(net())
+    reference = nn.Sequential(net(), nn.ReLU()).train()
+    for candidate in (
+        compiled(nn.Sequential(script, nn.ReLU()).train(), Counting()),
+        nn.Sequential(script, compiled(nn.ReLU(), Counting())).train(),
+    ):
+        assert verify(reference, candidate, example(), level="quick").passed
+        assert [part.training for part in candidate.modules()] == [True] * len([*candidate.modules()])
+        assert any("TorchScript" in note for note in fuse(candidate, example()).report.notes)
+
+
+def test_a_backend_may_fuse() -> None:
+    fused = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        fused.append(fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), example()).report.comparison.passed)
+        return graph.forward
+
+    compiled(net(), backend)(example())
+    assert fused == [True]

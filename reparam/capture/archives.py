@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from reparam.capture.audit import UnsafeError, audit_program
-from reparam.capture.exported import graph_module
+from reparam.capture.exported import as_plain, graph_module
 from reparam.capture.imports import first_line
 from reparam.errors import InputError
 from reparam.inputs import Inputs
@@ -84,13 +84,6 @@ def archive_metadata(path: Path) -> dict[str, str]:
     name = next((name for name in names if name.endswith("extra/reparam.json")), None)
     found = {} if name is None else _json(reader, name, path).get("metadata")
     return {key: str(value) for key, value in found.items()} if isinstance(found, dict) else {}
-
-
-def as_plain(module: fx.GraphModule) -> fx.GraphModule:
-    """An exported program's module without what torch.export adds to it, so that it is used like any other."""
-    plain = fx.GraphModule(module, module.graph, "ExportedProgram")
-    plain.training = False
-    return plain
 
 
 def opened(path: Path) -> tuple[Any, list[str]]:

@@ -11,16 +11,18 @@ import linecache
 import re
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.export._unlift import GuardsFn
 from torch.utils import _pytree as pytree
 
 from reparam.answers import plain_answers
 from reparam.capture.aten import spell_out
 from reparam.capture.imports import printable
 from reparam.checks import Guards
+from reparam.copying import copied
 from reparam.inputs import Inputs
 from reparam.quiet import quiet
 
@@ -62,7 +64,43 @@ def _require_no_transforms(program: torch.export.ExportedProgram) -> None:
 
 def graph_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a module with named parameters, its operations in the words of torch."""
-    module: Any = plain_answers(program).module()
+    return _in_words_of_torch(plain_answers(program).module())
+
+
+def opened_programs(model: nn.Module) -> nn.Module:
+    """The model with what `module()` of exported programs has given, itself or in it, as modules like any other.
+
+    It is a copy that shares the parameters; `model` itself, if there is nothing of that kind.
+    """
+    if not any(map(_is_program, model.modules())):
+        return model
+    twin = copied(model)
+    if _is_program(twin):
+        return as_plain(_in_words_of_torch(twin))
+    for part in [*twin.modules()]:
+        programs = {name: child for name, child in part._modules.items() if child is not None and _is_program(child)}
+        part._modules.update((name, as_plain(_in_words_of_torch(child))) for name, child in programs.items())
+    return twin
+
+
+def _is_program(module: nn.Module) -> bool:
+    """Whether `module()` of an exported program has given it, and nobody has put hooks on it since."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    of_export = all(getattr(hook, "__module__", "").startswith(("torch.export", "torch._export")) for hook in hooks)
+    return (
+        isinstance(module, fx.GraphModule) and of_export and isinstance(getattr(module, "_guards_fn", None), GuardsFn)
+    )
+
+
+def as_plain(module: fx.GraphModule) -> fx.GraphModule:
+    """An exported program's module without what torch.export adds to it, so that it is used like any other."""
+    plain = fx.GraphModule(module, module.graph, "ExportedProgram")
+    for part in plain.modules():
+        part.training = False
+    return plain
+
+
+def _in_words_of_torch(module: Any) -> fx.GraphModule:
     for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
         hooks.clear()  # checks of the inputs, which the guards in the graph repeat
     if hasattr(module, "_guards_fn"):
@@ -73,7 +111,7 @@ def graph_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     module.recompile()
     for part in module.modules():
         part.training = False  # an exported module refuses eval()
-    return module  # type: ignore[no-any-return]
+    return cast(fx.GraphModule, module)
 
 
 def _attempts(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Inputs, Any]]:

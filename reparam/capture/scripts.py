@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from reparam.capture.agreement import same_answers
-from reparam.capture.archives import as_plain, opened
-from reparam.capture.exported import graph_module, of_two
+from reparam.capture.archives import opened
+from reparam.capture.exported import as_plain, graph_module, of_two
 from reparam.errors import CaptureError, InputError
 from reparam.inputs import Inputs
 from reparam.quiet import quiet, reason
@@ -60,7 +61,9 @@ def load_script(path: Path, *, trusted: bool = False) -> torch.jit.ScriptModule:
 
 
 def graph_of_script(model: torch.jit.ScriptModule, inputs: Inputs) -> fx.GraphModule:
-    """The compiled model as a graph module, by torch's own converter; both answer the example alike.
+    """The compiled model in eval mode as a graph module, by torch's own converter; both answer the example alike.
+
+    The module stands in train mode if `model` does, though nothing in it asks for that.
 
     Raises:
         CaptureError: it cannot be converted, or the converted model answers otherwise.
@@ -72,18 +75,27 @@ def graph_of_script(model: torch.jit.ScriptModule, inputs: Inputs) -> fx.GraphMo
     if inputs.kwargs:
         raise CaptureError(_no_graph("torch converts TorchScript with positional inputs only (give them no names)"))
     why = "what it makes of it answers otherwise"
+    twin = _at_inference(model)
     for example in (of_two(inputs), inputs):
         try:
             with quiet(), torch.no_grad():
-                module = graph_module(TS2EPConverter(model, example.clone().args).convert())
-                _return_as(module, inputs.call(model))
-                _make_parameters(module, model)
+                module = graph_module(TS2EPConverter(copy.deepcopy(twin), example.clone().args).convert())
+                _return_as(module, inputs.call(copy.deepcopy(twin)))
+                _make_parameters(module, twin)
                 converted = as_plain(module)
-                if same_answers(model, converted, inputs) and same_answers(model, converted, example):
+                if same_answers(twin, converted, inputs) and same_answers(twin, converted, example):
+                    converted.training = getattr(model, "training", False)  # so that it is told
                     return converted
         except Exception as error:
             why = reason(error)
     raise CaptureError(_no_graph(f"torch's converter for TorchScript fails on it ({why})"))
+
+
+def _at_inference(model: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    twin = copy.deepcopy(model)
+    if hasattr(twin, "training"):  # else it was frozen, in eval mode
+        twin.eval()
+    return twin
 
 
 def _return_as(module: fx.GraphModule, answer: Any) -> None:

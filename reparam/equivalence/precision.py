@@ -237,6 +237,8 @@ def _not_rounded(tensor: torch.Tensor, exact: torch.Tensor) -> int:
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(" raised:"):  # that of a compiler, around the one that tells something
+        lines[0] = f"{lines[0]} {lines[1]}"
     return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from reparam.compiled import as_deployed, eager, is_compiled, nothing_compiled
 from reparam.data import LIMIT, Data, read
@@ -118,29 +119,31 @@ def verify(
         dtype = original.dtype if isinstance(original, Elsewhere) else deployment_dtype(original, inputs)
     runtime = not (isinstance(original, nn.Module) and isinstance(candidate, nn.Module))
     rules = Rules(noise_factor, algebra_tolerance, dtype, check_dtypes, check_structure, runtime)
-    session = session_of(original, candidate, candidate_float64, rules, seed)
-    if isinstance(given, nn.Module) and is_compiled(given):
-        _run_as_deployed(session, given)
-    session.spent = spent
-    if known is not None:
-        session.known = known
-    if deployed is not None:
-        session.original = PrivateCopy(deployed, "original")
     misrounded = () if candidate_float64 is None else rounding_failures(candidate, candidate_float64)
-    ran: list[Ran] = []
     batches, prepared = read(data, original, inputs, limit=data_limit)
-    session.notes += prepared
-    for slot in plan(inputs, level, seed, vary_shapes, batches):
-        if only is not None and not any(case.is_example or case.name in only for case in slot):
-            continue
-        budget = BUDGET if level == "standard" else float("inf")
-        said = len(session.notes)
-        one = _run_slot(session, slot, budget)
-        if session.compiled and isinstance(session.candidate, PrivateCopy) and isinstance(given, nn.Module):
-            del session.notes[said:]
+    slots = [
+        slot
+        for slot in plan(inputs, level, seed, vary_shapes, batches)
+        if only is None or any(case.is_example or case.name in only for case in slot)
+    ]
+
+    def begun(before: float, compiled: bool) -> Session:
+        session = session_of(original, candidate, candidate_float64, rules, seed)
+        session.spent = before
+        session.known = session.known if known is None else known
+        session.notes += prepared
+        if deployed is not None:
+            session.original = PrivateCopy(deployed, "original")
+        if compiled and isinstance(given, nn.Module):
             _run_as_deployed(session, given)
-            one = _run_slot(session, slot, float("inf"))
-        ran.append(one)
+        return session
+
+    budget = BUDGET if level == "standard" else float("inf")
+    session = begun(spent, is_compiled(given))
+    ran = _run_slots(session, slots, budget)
+    if session.compiled:  # all again: both begin with the state that they have now
+        session = begun(session.spent, True)
+        ran = _run_slots(session, slots, budget + session.spent - spent)
     rules = session.rules
 
     def judged(cases: list[Ran]) -> Comparison:
@@ -170,8 +173,25 @@ def verify(
     return replace(comparison, parting=_parting(original, exact, tried, seed))
 
 
+def _run_slots(session: Session, slots: list[Slot], budget: float) -> list[Ran]:
+    """Stops where a copy of the candidate has called what `torch.compile` has made."""
+    ran: list[Ran] = []
+    for slot in slots:
+        ran.append(_run_slot(session, slot, budget))
+        if session.compiled:
+            break
+    return ran
+
+
 def _run_as_deployed(session: Session, candidate: nn.Module) -> None:
-    """From now on the candidate itself is called, and runs as `torch.compile` has made it."""
+    """From now on the candidate itself is called, and runs as `torch.compile` has made it.
+
+    Raises:
+        InputError: that cannot be, within a mode that looks at every operation.
+    """
+    if modes := _get_current_dispatch_mode_stack():
+        mode = type(modes[-1]).__name__.strip("_")
+        raise InputError(f"within {mode} what torch.compile has made does not run; call verify outside of it")
     session.candidate = as_deployed(candidate)
     session.rules = replace(session.rules, runtime=True)
     session.notes.append("the candidate was run as torch.compile has made it, in float64 as it was before")
@@ -186,6 +206,10 @@ def _require_usable(**models: Any) -> None:
     for what, model in models.items():
         if what == "original" and not isinstance(model, (nn.Module, Elsewhere)):
             raise InputError(f"the original is a {type(model).__name__}; give a torch.nn.Module to compare with")
+        if what == "candidate" and not callable(model):
+            raise InputError(
+                f"the candidate is a {type(model).__name__}; give a torch.nn.Module, or what can be called"
+            )
         if isinstance(model, nn.Module):
             wrong = unusable((*model.named_parameters(), *model.named_buffers()))
             if wrong is not None:
@@ -205,7 +229,16 @@ def _parting(original: nn.Module, candidate: Any, inputs: Inputs, seed: int) -> 
 
 
 class _RefusedError(Exception):
-    """A case that cannot be compared: the original cannot run it, or the candidate says that it is not for it."""
+    """A case that cannot be compared: the original cannot run it, or the candidate says that it is not for it.
+
+    Args:
+        why: in a few words.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, why: str, remedy: str = "check their shapes and dtypes") -> None:
+        super().__init__(why)
+        self.remedy = remedy
 
 
 def _run_slot(session: Session, slot: Slot, budget: float) -> Ran:
@@ -222,9 +255,7 @@ def _run_slot(session: Session, slot: Slot, budget: float) -> Ran:
         except _RefusedError as reason:
             if case.is_given:
                 what = "the example inputs" if case.is_example else case.name
-                raise InputError(
-                    f"the original cannot run on {what}: {reason}; check their shapes and dtypes"
-                ) from reason
+                raise InputError(f"the original cannot run on {what}: {reason}; {reason.remedy}") from reason
             notes.append(f"{case.name}: {reason}")
             continue
         if asked is not Asked.BOTH and session.candidate64 is not None:
@@ -286,6 +317,7 @@ def _run_case(session: Session, case: Case, asked: Asked) -> Ran:
 def _run_original(session: Session, case: Case) -> tuple[Flat, Flat | None, Flat | None]:
     """Truth, deployment run (None if it is the truth), and the run that shows the noise of a float64 model."""
     drawn: list[str] | None = [] if case.is_example else None
+    original: Flat | None = None
     try:
         original = None if session.original is None else session.call(session.original, case, None, drawn)
         if original is not None and drawn:
@@ -299,7 +331,13 @@ def _run_original(session: Session, case: Case) -> tuple[Flat, Flat | None, Flat
     except InputError:
         raise
     except Exception as error:
-        raise _RefusedError(f"the original itself cannot run it ({first_line(error)})") from error
+        if original is None:
+            raise _RefusedError(f"the original itself cannot run it ({first_line(error)})") from error
+        raise _RefusedError(
+            f"it runs them as it is, and not in float64, which is held to be the truth ({first_line(error)})",
+            "usual reasons are operations without float64, and weights that .double() does not reach: those of frozen "
+            "TorchScript, or of modules that are held in a plain list or a closure",
+        ) from error
     return truth, original, _noise(session, case, torch.float32)
 
 

@@ -16,6 +16,7 @@ from reparam.equivalence.judge import Spread
 from reparam.equivalence.measured import Rules
 from reparam.equivalence.outputs import Flat
 from reparam.equivalence.precision import PrivateCopy, disturbed, named_tensors, run
+from reparam.equivalence.scripted import names_narrow_dtypes
 
 Model: TypeAlias = "Callable[..., Any] | PrivateCopy"
 Noises: TypeAlias = "dict[str, list[Spread]]"
@@ -154,6 +155,12 @@ def session_of(
     elif module is not None:
         session.candidate64 = PrivateCopy(module, "candidate", torch.float64)
         session.rounded64 = disturbed(module, known, rules.dtype, seed)
+    if any(isinstance(model, nn.Module) and names_narrow_dtypes(model) for model in (original, candidate)):
+        session.judged64 = False
+        session.notes.append(
+            "TorchScript code names dtypes, in which it runs in float64, too: the float64 difference is told, and "
+            f"judged is the error in {str(rules.dtype)[6:]}"
+        )
     if session.rounded64 is not None and (isinstance(original, Elsewhere) or isinstance(candidate, Elsewhere)):
         # Exporters merge weights in float32, and what that costs depends on terms that nobody has any more.
         session.judged64 = False

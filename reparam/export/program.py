@@ -44,8 +44,10 @@ def argument_names(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """The arguments of the call under the names of `forward`'s parameters, in the order of the parameters.
 
     Raises:
-        ExportError: they do not fit `forward`'s signature.
+        ExportError: they do not fit `forward`'s signature, or it is TorchScript, which has none.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ExportError("TorchScript cannot be exported as it is; reparam.fuse makes a module of it that can be")
     try:
         return dict(inspect.signature(module.forward).bind(*inputs.args, **inputs.kwargs).arguments)
     except TypeError as error:
