@@ -193,6 +193,8 @@ def test_state_is_carried_on_as_the_original_carries_it() -> None:
 def test_what_cannot_be_compared_is_refused_in_a_sentence() -> None:
     with pytest.raises(InputError, match="the original is a function"):
         verify(lambda x: x, net(), example())  # type: ignore[arg-type, return-value]
+    with pytest.raises(InputError, match="the candidate is a NoneType; give a module or a function"):
+        verify(net(), None, example())  # type: ignore[arg-type]
     other = net()
     other.register_buffer("odd", torch.eye(3).to_sparse())
     with pytest.raises(InputError, match="the candidate cannot be compared: odd is a sparse_coo tensor; make it"):
@@ -207,7 +209,7 @@ def test_a_copy_whose_compiled_forward_is_that_of_its_model_is_refused() -> None
     model.forward = torch.compile(model.forward, backend=Counting())  # type: ignore[method-assign]
     twin = copy.deepcopy(model)
     for ask in (lambda: fuse(twin, example()), lambda: verify(net(), twin, example())):
-        with pytest.raises(InputError, match="the compiled forward is a method of a Plain that is not in the model, as in a copy"):
+        with pytest.raises(InputError, match="the compiled forward is a method of a Plain that is not in the model"):
             ask()
     assert fuse(model, example()).report.comparison.passed
 

@@ -207,9 +207,7 @@ def _require_usable(**models: Any) -> None:
         if what == "original" and not isinstance(model, (nn.Module, Elsewhere)):
             raise InputError(f"the original is a {type(model).__name__}; give a torch.nn.Module to compare with")
         if what == "candidate" and not callable(model):
-            raise InputError(
-                f"the candidate is a {type(model).__name__}; give a torch.nn.Module, or what can be called"
-            )
+            raise InputError(f"the candidate is a {type(model).__name__}; give a module or a function")
         if isinstance(model, nn.Module):
             wrong = unusable((*model.named_parameters(), *model.named_buffers()))
             if wrong is not None:

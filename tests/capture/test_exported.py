@@ -200,3 +200,25 @@ def test_activations_in_place_hide_nothing(activation: nn.Module) -> None:
     result = reparam.fuse(model, image(2), capture="export")
     assert (result.report.after.batch_norms, result.report.after.dropouts) == (0, 0)
     assert relative_error(copy.deepcopy(model)(image(2)), result.module(image(2))) < 1e-12
+
+
+def test_the_module_of_a_program_is_fused_like_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout()).eval()
+    x, batch = torch.randn(2, 3, 8, 8), torch.export.Dim.AUTO
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    hooks = [len(program._forward_pre_hooks), len(program._forward_hooks)]
+    for given, expected in (
+        (program, model),
+        (nn.Sequential(program, nn.Sigmoid()), nn.Sequential(model, nn.Sigmoid())),
+    ):
+        result = reparam.fuse(given, x)
+        after = result.report.after
+        assert (after.convolutions, after.batch_norms, after.dropouts) == (1, 0, 0)
+        other = torch.randn(5, 3, 8, 8)
+        torch.testing.assert_close(result.module(other), expected(other))
+        with pytest.raises(OtherInputError, match="captured for other inputs"):
+            result.module(torch.randn(2, 3, 9, 9))
+    assert [len(program._forward_pre_hooks), len(program._forward_hooks)] == hooks, "the given one is left alone"
+    program.register_forward_hook(lambda module, inputs, output: output * 2.0)
+    with pytest.raises(reparam.InputError, match="has forward hooks"):
+        reparam.fuse(program, x)
