@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.export._unlift import GuardsFn
 from torch.utils import _pytree as pytree
 
 from reparam.answers import plain_answers
@@ -85,11 +84,10 @@ def opened_programs(model: nn.Module) -> nn.Module:
 
 def _is_program(module: nn.Module) -> bool:
     """Whether `module()` of an exported program has given it, and nobody has put hooks on it since."""
+    if not isinstance(module, fx.GraphModule) or type(getattr(module, "_guards_fn", None)).__name__ != "GuardsFn":
+        return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    of_export = all(getattr(hook, "__module__", "").startswith(("torch.export", "torch._export")) for hook in hooks)
-    return (
-        isinstance(module, fx.GraphModule) and of_export and isinstance(getattr(module, "_guards_fn", None), GuardsFn)
-    )
+    return all(getattr(hook, "__module__", "").startswith(("torch.export", "torch._export")) for hook in hooks)
 
 
 def as_plain(module: fx.GraphModule) -> fx.GraphModule:
