@@ -41,6 +41,33 @@ def test_outcome(float64_error: float | None, said: dict[str, Any], outcome: str
     assert outcome in row.line
 
 
+def test_an_alarm_is_not_false_where_roundings_in_float64_tell_that_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Errors of a chaotic original have bounds: 0.4 of its largest answer may be as much as there can be."""
+    asked: list[nn.Module] = []
+
+    def noise(model: nn.Module, x: torch.Tensor) -> float:
+        asked.append(model)
+        return 1e-10
+
+    monkeypatch.setattr(false_alarms, "_float64_noise", noise)
+    monkeypatch.setattr(false_alarms.timm_zoo, "create_small", lambda name: (nn.Identity(), torch.zeros(1)))
+    alarm = {"float32": verdict(), "float16": verdict(passed=False, noise=0.4)}
+    row = Row("net", "family", float64_error=1e-12, verdicts=alarm)
+    assert row.outcome("float16") == "false alarm"
+    row = false_alarms.completed(row)
+    assert [row.outcome(dtype) for dtype in alarm] == ["agrees", "drowned"]
+    assert false_alarms.completed(row) is row, "it is asked once"
+    assert len(asked) == 1
+    steady = replace(row, float64_noise=1e-14, verdicts={"float16": verdict(undone=1, noise=0.4)})
+    assert steady.outcome("float16") == "false alarm"
+    wide = replace(row, verdicts={"float32": verdict(undone=1, noise=0.4)})
+    assert wide.outcome("float32") == "false alarm", "1e-10 comes to 0.05 in float32"
+    quiet = Row("net", "family", float64_error=1e-12, verdicts={"float32": verdict()})
+    assert false_alarms.completed(quiet) is quiet
+
+
 @pytest.mark.slow
 def test_a_real_model_agrees_in_every_dtype() -> None:
     row = false_alarms.measured("test_resnet", false_alarms.DTYPES)
