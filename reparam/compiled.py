@@ -165,7 +165,7 @@ _ALONE = threading.RLock()
 """Torch's stance, its default dtype and its random state are the process's: two that look at once would take each
 other's for the user's, and leave them there."""
 _COMPILING: Any = getattr(convert_frame, "compile_lock", None) or threading.RLock()
-_PATIENCE, _LONGER = 60.0, 600.0
+_PATIENCE, _LONGER = 300.0, 900.0
 """Seconds to wait for what others compile, and, while this thread compiles, for others who look: they may be waiting
 for each other."""
 _AFTERWARDS = ExitStack()
