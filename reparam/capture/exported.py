@@ -38,7 +38,7 @@ def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     error: Exception | None = None
     for example, shapes in _attempts(model, inputs):
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), torch.no_grad(), torch.compiler.set_stance("default"):  # it compiles what torch.cond calls
                 program = torch.export.export(
                     model, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
                 )
@@ -109,6 +109,8 @@ def _in_words_of_torch(module: Any) -> fx.GraphModule:
     module.recompile()
     for part in module.modules():
         part.training = False  # an exported module refuses eval()
+        if isinstance(part, fx.GraphModule):  # whoever unpickles one traces its code, and this tracer wants arguments
+            part._tracer_cls = part.graph._tracer_cls = None
     return cast(fx.GraphModule, module)
 
 

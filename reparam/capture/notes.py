@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 
 _MOST = 4
@@ -34,12 +35,18 @@ def mode_notes(model: nn.Module) -> tuple[str, ...]:
 
 
 def compiled_notes(root: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
-    """Of modules that nobody looked into."""
+    """Of modules and functions that nobody looked into."""
     called = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="call_module"))
     compiled = [name for name in called if isinstance(root.get_submodule(name), torch.jit.ScriptModule)]
-    if not compiled:
-        return ()
-    return (f"{listed(compiled)}: compiled (TorchScript) and left as it is; what it was compiled from would be fused",)
+    notes = []
+    if compiled:
+        where = listed(compiled)
+        notes.append(f"{where}: compiled (TorchScript) and left as it is; what it was compiled from would be fused")
+    operators = (node.target for node in graph.nodes if node.op == "call_function")
+    names = dict.fromkeys(str(one.name()) for one in operators if isinstance(one, HigherOrderOperator))
+    if names:
+        notes.append(f"the functions that {listed([*names])} calls are left as they are")
+    return tuple(notes)
 
 
 def size_notes(lines: Sequence[str], what: str) -> tuple[str, ...]:
