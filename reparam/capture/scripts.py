@@ -92,7 +92,10 @@ def graph_of_script(model: torch.jit.ScriptModule, inputs: Inputs) -> fx.GraphMo
 
 
 def _at_inference(model: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    twin = copy.deepcopy(model)
+    try:
+        twin = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise CaptureError(_no_graph(f"it cannot be copied ({reason(error)})")) from error
     if hasattr(twin, "training"):  # else it was frozen, in eval mode
         twin.eval()
     return twin

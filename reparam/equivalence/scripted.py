@@ -10,8 +10,8 @@ from torch import nn
 
 from reparam.widen import NARROW
 
-_CODES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
-"""What an interpreter of TorchScript calls a dtype: c10's ScalarType."""
+_CODES = (5, 6, 15)
+"""What TorchScript calls float16, float32 and bfloat16: c10's ScalarType."""
 
 
 def names_narrow_dtypes(module: nn.Module) -> bool:
@@ -41,8 +41,9 @@ def _is_narrow(node: Any) -> bool:
     if node.kind() == "prim::Constant":
         value = node.output().toIValue()
         return isinstance(value, torch.Tensor) and value.dtype in NARROW and value.dim() > 0
-    schema = torch._C.parse_schema(node.schema()) if node.schema() != "(no schema)" else None
-    if schema is None:
+    try:
+        arguments = torch._C.parse_schema(node.schema()).arguments
+    except RuntimeError:  # it has none, as an `if`
         return False
-    given = dict(zip((argument.name for argument in schema.arguments), node.inputs(), strict=False))
+    given = dict(zip((argument.name for argument in arguments), node.inputs(), strict=False))
     return "dtype" in given and given["dtype"].toIValue() in _CODES

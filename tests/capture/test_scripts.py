@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reparam import ExportError, InputError, export_archive, export_onnx, fuse, verify
+from reparam import CaptureError, ExportError, InputError, export_archive, export_onnx, fuse, verify
 from reparam.equivalence.scripted import names_narrow_dtypes
 from tests.equivalence.nets import randomise
 
@@ -126,3 +126,14 @@ def test_it_is_not_exported_as_it_is(export: Any, tmp_path: Any) -> None:
     with pytest.raises(ExportError, match=r"TorchScript cannot be exported as it is; reparam\.fuse makes"):
         export(torch.jit.script(Following().eval()), image(), tmp_path / "model")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_script_that_cannot_be_copied_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = torch.jit.script(Following().eval())
+
+    def fails(self: Any, memo: Any) -> Any:
+        raise RuntimeError("Tried to serialize object without a __getstate__")
+
+    monkeypatch.setattr(type(script), "__deepcopy__", fails, raising=False)
+    with pytest.raises(CaptureError, match=r"it cannot be copied \(Tried to serialize .*; fuse the PyTorch model"):
+        fuse(script, image())
