@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from reparam.capture.agreement import Answers, answers_alike, graph_answers_as
 from reparam.capture.captured import Captured, Leaves
+from reparam.capture.execution import ExecutionError
 from reparam.capture.exported import export
 from reparam.capture.facts import check_facts, facts_asked
 from reparam.capture.literals import note_exact
@@ -33,7 +34,7 @@ from reparam.capture.notes import compiled_notes, listed, mode_notes, size_notes
 from reparam.capture.proxies import UnfitError, WrittenConstantError
 from reparam.capture.state import Memory, version
 from reparam.capture.storage import storage_of
-from reparam.capture.tracer import ExecutionError, ValueTracer
+from reparam.capture.tracer import ValueTracer
 from reparam.chance import Generators
 from reparam.checks import Guards, require_value
 from reparam.copying import copied, parameters_kept, twin_of
@@ -403,14 +404,14 @@ def _traced_once(
         raise UnfitError(f"the forward assigns {replaced[0]} and then uses it; a graph cannot hold that")
     constants = read & set(vars(root)) - memory.names
     kept = {name: vars(root).pop(name) for name in constants}
-    changed = memory.changed(tracer.written)
+    changed = memory.changed(tracer.aliases.written)
     memory.restore()
     vars(root).update(kept)
     checks = [node for node in graph.nodes if node.meta.get("decides") and node.args[2]]
     decided = dict.fromkeys(str(node.args[2]) for node in checks)
     kinds = {kind for node in checks for kind in str(node.meta["decides"]).split(" and ")}
-    frozen = [name for name in sorted(tracer.read) if tracer.is_written(name)]
-    found = (tuple(changed), tuple(frozen), frozenset(tracer.written), tuple(decided), _joined(kinds))
+    frozen = [name for name in sorted(tracer.read) if tracer.aliases.is_written(name)]
+    found = (tuple(changed), tuple(frozen), frozenset(tracer.aliases.written), tuple(decided), _joined(kinds))
     return _Traced(root, graph, *found, spoilt, tuple(sorted(constants)))
 
 

@@ -25,36 +25,30 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from reparam.capture.aliases import Aliases, Before
 from reparam.capture.arguments import check_arguments
 from reparam.capture.calls import always_draws, functions_of_numbers, is_factory, traced_calls
 from reparam.capture.captured import Leaves, TensorInfo
+from reparam.capture.execution import Execution, Given
 from reparam.capture.exported import Origins
 from reparam.capture.operations import (
-    PERHAPS_VIEW,
-    SAME_VIEW,
-    SAME_VIEW_MODULES,
-    WRITES_UNCOUNTED,
     check_containers,
     facts_asked_of,
     is_of_numbers,
-    names_a_write,
     reads_sizes,
-    renormalises,
     require_not_drawn,
     squeezes,
 )
 from reparam.capture.proxies import (
     UnfitError,
     ValueProxy,
-    WrittenConstantError,
     is_argument,
     is_from_argument,
     user_line,
 )
 from reparam.capture.reading import ReadingTracer
-from reparam.capture.shapes import stand_in
-from reparam.capture.state import Memory, version
-from reparam.capture.storage import View, fingerprint_of, storage_of, tensors_in, view_of
+from reparam.capture.state import Memory
+from reparam.capture.storage import storage_of
 from reparam.chance import Generators
 from reparam.checks import (
     Guards,
@@ -65,41 +59,6 @@ from reparam.checks import (
     require_rank,
     require_value,
 )
-
-
-class ExecutionError(Exception):
-    """The model failed on the example inputs while it was traced; `where` is the module that failed."""
-
-    def __init__(self, where: str, error: Exception) -> None:
-        super().__init__(str(error))
-        self.where = where
-        self.error = error
-
-
-class _Given:
-    """What an operation is given.
-
-    Attributes:
-        args, kwargs: with values in place of proxies.
-        values: of the nodes among them.
-        constant: whether none of the proxies depends on an input.
-        of_sizes: whether none of them depends on more of an input than its sizes.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.values: dict[fx.Node, Any] = {}
-        self.constant = self.of_sizes = True
-        self.args: Any = fx.node.map_aggregate(args, self._value_of)
-        self.kwargs: Any = fx.node.map_aggregate(kwargs, self._value_of)
-
-    def _value_of(self, argument: Any) -> Any:
-        if not isinstance(argument, fx.Proxy):
-            return argument
-        traced: Any = argument
-        self.values[argument.node] = traced.reparam_value
-        self.constant = self.constant and traced.reparam_constant
-        self.of_sizes = self.of_sizes and (traced.reparam_constant or traced.reparam_of_sizes)
-        return traced.reparam_value
 
 
 class ValueTracer(fx.Tracer):
@@ -118,7 +77,7 @@ class ValueTracer(fx.Tracer):
             for code that takes no proxy of a parameter. Such code must be kept from writing to them.
 
     Attributes:
-        written: storages (their addresses) that nodes of the graph write to.
+        aliases: what the nodes write to, and are views of.
         read: names of the parameters and buffers whose values decided what was traced.
     """
 
@@ -138,31 +97,21 @@ class ValueTracer(fx.Tracer):
         super().__init__(autowrap_functions=(*leaves.functions, *functions_of_numbers()))
         self._leaves = leaves.modules
         self._leaf_functions = leaves.functions
-        self._compute = compute
-        self._arguments = arguments
         self._fixed = fixed
-        self._executing = False
-        self._values: dict[str, Any] = {}
-        for name, parameter in root.named_parameters():
-            self._values.setdefault(name, parameter)
-        for name, buffer in root.named_buffers():
-            self._values.setdefault(name, buffer)
-        self._names = {id(value): name for name, value in reversed(self._values.items())}
-        self.written: set[int] = set()
+        self.aliases = Aliases(root)
+        self._execution = Execution(root, arguments, self.aliases.values, compute)
+        self._names = {id(value): name for name, value in reversed(self.aliases.values.items())}
         self.read: set[str] = set()
         self._tentative: list[tuple[fx.Node, fx.Node, FrameType, int]] = []
         self._checked: set[fx.Node] = set()
         self._size_reads: set[fx.Node] = set()
-        self._stored: dict[int, fx.Node] = {}
         self._rank_checked: set[fx.Node] = set()
         self._autocast = _autocast()
         self._memory = memory
         self._origins = Origins(root)
-        self._parameters = {storage_of(parameter): name for name, parameter in root.named_parameters()}
         self.makes_nodes = makes_nodes
         self._real = real
         self._made: dict[fx.Node, Any] = {}
-        self._drew = False
         self._facts: list[tuple[Any, str | None]] = []
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
@@ -211,34 +160,32 @@ class ValueTracer(fx.Tracer):
         node: fx.Node = proxy.node
         found = self._origins.find(sys._getframe(1))
         node.meta["module_path"], node.meta["source"] = found or (self.scope.module_path, user_line())
-        given = _Given(args, kwargs)
+        given = Given(args, kwargs)
         used = given.values
         for other in node.all_input_nodes:
             if other not in used:  # a tensor that is no proxy: an attribute, or made in the forward
-                used[other] = _attribute(self.root, str(other.target))
-                self._note_stored(other, used[other])
-        before = {view_of(t): other for other, value in used.items() for t in tensors_in(value)}
-        self._check_parameters(target, given.args, given.kwargs)
+                used[other] = self._execution.attribute(str(other.target))
+                self.aliases.note_stored(other, used[other])
+        self.aliases.require_allowed(target, given.args, given.kwargs)
         check_containers(kind, target, given.args)
-        seen = fingerprint_of if getattr(target, "__name__", "") in WRITES_UNCOUNTED else version
-        versions = [(other, t, seen(t)) for other, value in used.items() for t in tensors_in(value)]
-        value = self._execute(kind, target, given.args, given.kwargs)
-        written = [(other, t) for other, t, before_it in versions if seen(t) != before_it]
+        before = Before(target, used)
+        value = self._execution.run(kind, target, given.args, given.kwargs, self.scope.module_path)
+        written = before.written()
         returned = next((other for other, input_value in used.items() if input_value is value), None)
         if returned is not None and not written and self._returns(kind, target, args, kwargs, returned):
             self.graph.erase_node(node)
             same: fx.Proxy = next(arg for arg in _proxies((args, kwargs)) if arg.node is returned)
             return same
-        self._note_writes(node, written)
+        self.aliases.note_writes(node, written)
         self._note_value(proxy, value, given)
-        self._note_aliases(node, value, before)
+        self.aliases.note_views(node, value, before)
         return proxy  # type: ignore[no-any-return]
 
-    def _note_value(self, proxy: Any, value: Any, given: _Given) -> None:
+    def _note_value(self, proxy: Any, value: Any, given: Given) -> None:
         """Notes what a node has computed, and what that depends on."""
         node: fx.Node = proxy.node
         kind, target = node.op, node.target
-        if self._drew or always_draws(target):
+        if self._execution.drew or always_draws(target):
             node.meta["draws"] = True
         proxy.reparam_value = value
         if kind == "call_function" and not given.values and is_factory(target):
@@ -272,11 +219,6 @@ class ValueTracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, ([self.create_arg(pair) for pair in a.items()],), {})
         return super().create_arg(a)
 
-    def is_written(self, name: str) -> bool:
-        """Whether a node writes to the storage of this parameter or buffer."""
-        value = self._values.get(name)
-        return isinstance(value, torch.Tensor) and storage_of(value) in self.written
-
     def check_rank(self, proxy: Any) -> None:
         """Adds a check wherever the rank of `proxy` may be another one on another input: arguments, and squeezes."""
         pending = [proxy.node]
@@ -291,10 +233,10 @@ class ValueTracer(fx.Tracer):
                 self.create_node("call_function", require_rank, (node, len(tensor.shape)), {})
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self._executing else super().call_module(m, forward, args, kwargs)
+        return forward(*args, **kwargs) if self._execution.running else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if self._executing or isinstance(attr_val, fx.Proxy) or not isinstance(attr_val, torch.Tensor):
+        if self._execution.running or isinstance(attr_val, fx.Proxy) or not isinstance(attr_val, torch.Tensor):
             return attr_val
         name = self._names.get(id(attr_val))
         if name is None or not (isinstance(attr_val, nn.Parameter) or attr_val.dtype.is_floating_point):
@@ -308,7 +250,7 @@ class ValueTracer(fx.Tracer):
     @property
     def executing(self) -> bool:
         """Whether an operation is being computed, so that what it calls makes no nodes."""
-        return self._executing
+        return self._execution.running
 
     def to_bool(self, obj: Any) -> bool:
         require_not_drawn(obj)
@@ -395,7 +337,7 @@ class ValueTracer(fx.Tracer):
         pending, seen = [obj.node], set()
         while pending:
             node = pending.pop()
-            if node in self._made and storage_of(self._made[node]) in self.written:
+            if node in self._made and storage_of(self._made[node]) in self.aliases.written:
                 raise fx.proxy.TraceError("the value of a traced tensor cannot be turned into a Python number")
             if node.op == "get_attr":
                 self.read.add(str(node.target))
@@ -435,34 +377,6 @@ class ValueTracer(fx.Tracer):
             return proxy
         self.create_proxy("call_function", require_value, (proxy, self._fixed[name], name), {})
         return self._fixed[name]
-
-    def _execute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        self._drew = False
-        if kind == "placeholder":
-            return self._arguments.get(str(target).lstrip("*"))
-        if kind == "get_attr":
-            return self._values[target] if target in self._values else _attribute(self.root, target)
-        if kind == "output":
-            return None
-        self._executing = True
-        random_states = _random_states()
-        try:
-            with torch.no_grad():
-                if kind == "call_function":
-                    return target(*args, **kwargs)
-                if kind == "call_method":
-                    return getattr(args[0], target)(*args[1:], **kwargs)
-                module = self.root.get_submodule(target)
-                known = None if self._compute else stand_in(module, args, kwargs)
-                return module(*args, **kwargs) if known is None else known
-        except Exception as error:
-            raise ExecutionError(self.scope.module_path, error) from error
-        finally:
-            self._drew = not all(map(torch.equal, random_states, _random_states()))
-            torch.set_rng_state(random_states[0])
-            if self._drew and len(random_states) > 1:
-                torch.cuda.set_rng_state_all(random_states[1:])
-            self._executing = False
 
     def _returns(self, kind: str, function: Any, args: Any, kwargs: Any, given: fx.Node) -> bool:
         """Whether a Python function that its author has kept whole (`torch.fx.wrap`) only returns what it is given.
@@ -508,75 +422,6 @@ class ValueTracer(fx.Tracer):
         if isinstance(module, nn.BatchNorm1d) and args and isinstance(args[0], fx.Proxy):
             self.check_rank(args[0])  # [N, C] and [N, C, L] are both allowed, and mean different things
 
-    def _check_parameters(self, target: Any, args: Any, kwargs: Any) -> None:
-        """Stops the trace before an operation writes to a parameter, which is the caller's own.
-
-        Raises:
-            UnfitError: the operation does that.
-        """
-        if renormalises(target, args, kwargs):
-            written, instead = (
-                tensors_in((args[1:2], kwargs.get("weight"))),
-                "renormalise it once and set max_norm to None",
-            )
-        elif names_a_write(target, kwargs):
-            written = tensors_in((args[:1], kwargs.get("input"), kwargs.get("out")))
-            instead = "do that once before, and leave it out of the forward"
-        else:
-            return
-        for tensor in written:
-            name = self._parameters.get(storage_of(tensor))
-            if name is not None:
-                raise UnfitError(f"the forward writes to the parameter {name}; {instead}")
-
-    def _note_writes(self, node: fx.Node, written: list[tuple[fx.Node, torch.Tensor]]) -> None:
-        """Notes which of its inputs a node wrote to.
-
-        Raises:
-            UnfitError: a tensor that is no parameter, buffer or activation. It is made once, when the model is traced,
-                and not in every call.
-        """
-        for other, tensor in written:
-            self.written.add(storage_of(tensor))
-            if other.op == "get_attr" and other.target not in self._values:
-                raise WrittenConstantError(
-                    "a tensor that does not depend on the input is written to in place; make it from the input "
-                    "(x.new_zeros), register it as a buffer, or write the sum out of place"
-                )
-        if written:
-            node.meta["writes"] = tuple(dict.fromkeys(other for other, _ in written))
-
-    def _note_stored(self, node: fx.Node, value: Any) -> None:
-        """Two reads of tensors of the model that share a storage are aliases, though neither is made from the other."""
-        for tensor in tensors_in(value):
-            first = self._stored.setdefault(storage_of(tensor), node)
-            if first is not node:
-                node.meta["aliases"] = (first,)
-
-    def _note_aliases(self, node: fx.Node, value: Any, before: dict[View, fx.Node]) -> None:
-        """Storage is compared with that of the inputs only: elsewhere an equal address may be a re-used one."""
-        views = [view_of(t) for t in tensors_in(value)]
-        storages = {view[0] for view in views}
-        if node.op == "get_attr":
-            self._note_stored(node, value)
-            return
-        aliases = [other for view, other in before.items() if view[0] in storages]
-        if not aliases and self._is(node, PERHAPS_VIEW, (nn.Flatten,)):
-            aliases = node.all_input_nodes[:1]
-        if aliases:
-            node.meta["aliases"] = tuple(dict.fromkeys(aliases))
-        if aliases and ("writes" in node.meta or self._is(node, SAME_VIEW, SAME_VIEW_MODULES)):
-            node.meta["same_view_as"] = tuple(other for view, other in before.items() if view in views)
-
-    def _is(self, node: fx.Node, names: tuple[str, ...], modules: tuple[type, ...]) -> bool:
-        """Whether a node is a call of one of these methods or functions (by name) or modules."""
-        if node.op == "call_module":
-            return isinstance(self.root.get_submodule(str(node.target)), modules)
-        if node.target is getattr:
-            return node.args[1] in names
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return name.rstrip("_123d") in names or name in names
-
 
 def _proxies(value: Any) -> list[Any]:
     found: list[Any] = []
@@ -588,18 +433,6 @@ def _proxies(value: Any) -> list[Any]:
 
     fx.node.map_aggregate(value, collect)
     return found
-
-
-def _random_states() -> list[torch.Tensor]:
-    """Of torch's own generators, the one of the CPU first."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
-
-
-def _attribute(root: nn.Module, target: str) -> Any:
-    value: Any = root
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _autocast() -> tuple[bool, ...]:
