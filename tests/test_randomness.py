@@ -416,3 +416,30 @@ def test_bn_is_still_there_for_the_audit() -> None:
     """A check that can fail: without the draw the same model is fused."""
     model = model_with(Culprit(lambda m, x: m.n(x), n=bn(2, 4)))
     assert reparam.fuse(model, image()).report.after.batch_norms == 0
+
+
+def test_statistics_of_the_batch_beside_running_ones_are_noted() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).train()
+    program = torch.export.export(model, (image(),)).module()
+    notes = fuse(program, image()).report.notes
+    assert notes[0] == (
+        "with training=True, 1 normalises by the batch at inference, too, and not by the running statistics; a program "
+        "that was exported in train mode does so: export it after eval()"
+    )
+
+    def by_the_batch(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(self.layer(x), self.norm.running_mean, self.norm.running_var, training=True)
+
+    written = Lambda(by_the_batch, layer=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4)).eval()
+    assert re.match(rf"with training=True, {HERE}:\d+ normalises by the batch", fuse(written, image()).report.notes[0])
+
+
+def test_a_program_exported_in_eval_mode_has_no_such_note() -> None:
+    def standardised(self: Any, x: torch.Tensor) -> torch.Tensor:  # by statistics of a weight, which no batch changes
+        weight = F.batch_norm(self.layer.weight.reshape(1, 4, 4), None, None, training=True).reshape(4, 4, 1, 1)
+        return F.conv2d(x, weight)
+
+    written = Lambda(standardised, layer=nn.Conv2d(4, 4, 1)).eval()
+    program = torch.export.export(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval(), (image(),)).module()
+    for model in (written, program):
+        assert not any("normalises" in note for note in fuse(model, image()).report.notes)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 
 _MOST = 4
+_BATCH_NORMS = (
+    "batch_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "_batch_norm_with_update",
+)
 
 
 def mode_notes(model: nn.Module) -> tuple[str, ...]:
@@ -32,6 +40,31 @@ def mode_notes(model: nn.Module) -> tuple[str, ...]:
             "batch at inference, too: what an input gives depends on the others in its batch",
         )
     return notes
+
+
+def batch_notes(graph: fx.Graph) -> tuple[str, ...]:
+    """Of calls that normalise by the batch though they are given running statistics, as exports in train mode do."""
+    found = [node for node in graph.nodes if _ignores_statistics(node)]
+    if not found:
+        return ()
+    where = listed([*dict.fromkeys(str(node.meta["module_path"] or node.meta["source"]) for node in found)])
+    return (
+        f"with training=True, {where} {'normalises' if len(found) == 1 else 'normalise'} by the batch at inference, too, "
+        "and not by the running statistics; a program that was exported in train mode does so: export it after eval()",
+    )
+
+
+def _ignores_statistics(node: fx.Node) -> bool:
+    """Whether this is a batch normalisation with `training=True` that is given running statistics.
+
+    All spellings of it have `training` in the same position; torch's function has the statistics first.
+    """
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    if node.op != "call_function" or name not in _BATCH_NORMS:
+        return False
+    mean = node.kwargs.get("running_mean", (*node.args, *[None] * 4)[1 if node.target is F.batch_norm else 3])
+    training = node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False)
+    return mean is not None and training is True
 
 
 def compiled_notes(root: nn.Module, graph: fx.Graph) -> tuple[str, ...]:

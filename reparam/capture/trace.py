@@ -30,7 +30,7 @@ from reparam.capture.execution import ExecutionError
 from reparam.capture.exported import export
 from reparam.capture.facts import check_facts, facts_asked
 from reparam.capture.literals import note_exact
-from reparam.capture.notes import compiled_notes, listed, mode_notes, size_notes
+from reparam.capture.notes import batch_notes, compiled_notes, listed, mode_notes, size_notes
 from reparam.capture.proxies import UnfitError, WrittenConstantError
 from reparam.capture.state import Memory, version
 from reparam.capture.storage import storage_of
@@ -140,6 +140,7 @@ def _symbolic(model: nn.Module, inputs: Inputs, leaves: Leaves, own: Answers) ->
     note_exact(model, inputs, traced.root, traced.graph, traced.literals, partial(_graph_of, leaves=leaves, real=real))
     notes = (
         *mode_notes(model),
+        *batch_notes(traced.graph),
         *compiled_notes(traced.root, traced.graph),
         *size_notes(traced.decided, traced.decided_by),
         *_guards(traced.root, inputs),
