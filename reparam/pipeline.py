@@ -61,6 +61,7 @@ class FuseResult:
     reference: nn.Module
 
 
+@torch.inference_mode(False)  # its tensors do not tell what was written to
 @nothing_compiled()
 def fuse(
     model: nn.Module,

@@ -48,8 +48,9 @@ def batch_notes(graph: fx.Graph) -> tuple[str, ...]:
     if not found:
         return ()
     where = listed([*dict.fromkeys(str(node.meta["module_path"] or node.meta["source"]) for node in found)])
+    normalise = "normalises" if len(found) == 1 else "normalise"
     return (
-        f"with training=True, {where} {'normalises' if len(found) == 1 else 'normalise'} by the batch at inference, too, "
+        f"with training=True, {where} {normalise} by the batch at inference, too, "
         "and not by the running statistics; a program that was exported in train mode does so: export it after eval()",
     )
 

@@ -41,6 +41,7 @@ SATURATED = 0.05
 """Relative noise from which on it is no longer proportional to the rounding that it comes from."""
 
 
+@torch.inference_mode(False)  # its tensors do not tell what was written to
 @nothing_compiled()
 def verify(
     original: nn.Module | Elsewhere,

@@ -32,6 +32,7 @@ from reparam.quiet import quiet, reason
 METADATA_FILE = "reparam.json"
 
 
+@torch.inference_mode(False)  # its tensors do not tell what was written to
 @nothing_compiled()
 def export_archive(
     module: nn.Module,

@@ -34,6 +34,7 @@ EXTERNAL_DATA_BYTES = 2_000_000_000
 LEVELS = ("quick", "standard", "thorough", "off")
 
 
+@torch.inference_mode(False)  # its tensors do not tell what was written to
 @nothing_compiled()
 def export_onnx(
     module: nn.Module,
