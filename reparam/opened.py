@@ -158,8 +158,9 @@ def _sizes(
 
 def _draw(fact: OnnxInput, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if fact.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(fact.dtype)
-    return torch.randint(0, 2 if fact.dtype is torch.bool else fact.most, shape, generator=generator).to(fact.dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(fact.dtype)
+    most = 2 if fact.dtype is torch.bool else fact.most
+    return torch.randint(0, most, shape, generator=generator, device="cpu").to(fact.dtype)
 
 
 def _other_order(names: Sequence[str], other: Opened) -> bool:

@@ -111,6 +111,12 @@ PUBLISHED = re.compile(
 LIBRARY_NAME = {"capture": re.compile(r"[\"']timm[\"']|\btimm\.(?:list_models|is_model|create_model)\b|\btimm =")}
 
 
+FACTORIES = frozenset(
+    f"torch.{name}"
+    for name in "zeros ones empty full rand randn randint randperm arange linspace eye tensor as_tensor".split()
+)
+
+
 @dataclass(frozen=True)
 class Import:
     """One module that a file imports: its dotted name, the line, and when the import happens."""
@@ -219,6 +225,16 @@ def _import_violation(room: str, item: Import) -> str | None:
     return None
 
 
+def devices_left_open(path: Path) -> list[tuple[int, str]]:
+    """Line and name of calls that make a tensor on torch's default device, which is the user's and may be any."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    return [
+        (call.lineno, ast.unparse(call.func))
+        for call in calls
+        if ast.unparse(call.func) in FACTORIES and "device" not in {keyword.arg for keyword in call.keywords}
+    ]
+
+
 def violations(package: Path) -> list[str]:
     """One `file:line: sentence` for everything in `package` that breaks the design."""
     found = []
@@ -230,6 +246,8 @@ def violations(package: Path) -> list[str]:
         for item in imports_of(path, package):
             if sentence := _import_violation(room, item):
                 found.append(f"{where}:{item.line}: {sentence}")
+        for line, name in devices_left_open(path):
+            found.append(f"{where}:{line}: {name} must name its device")
         for number, text in enumerate(path.read_text().splitlines(), 1):
             if room in LIBRARY_NAME:
                 text = LIBRARY_NAME[room].sub("", text)
@@ -276,11 +294,12 @@ PLANTED = [
     ("passes/base.py", "# as in RepVGG", "'RepVGG' is a published name"),
     ("passes/base.py", "def f(m): return 'mobileone' in m", "'mobileone' is a published name"),
     ("graph/lift.py", "SEEN = 'timm.layers'", "'timm' is a published name"),
+    ("algebra/a.py", "import torch\nX = torch.zeros(3, dtype=torch.int8)", "torch.zeros must name its device"),
     ("extra.py", "import os", "extra is not a room"),
 ]
 
 ALLOWED = [
-    ("algebra/a.py", "import torch\nfrom reparam.errors import InputError"),
+    ("algebra/a.py", "import torch\nfrom reparam.errors import InputError\nX = torch.zeros(3, device='cpu')"),
     (
         "graph/lift.py",
         "from torch import fx\nfrom reparam.algebra import affine\nfrom reparam.passes.base import Refusal",

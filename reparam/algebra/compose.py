@@ -13,6 +13,7 @@ smallest enclosing window. Groups become `gcd` of both and no coarser.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from math import gcd
@@ -142,12 +143,12 @@ def _then_weight(
     # The pitch divides a step or a dilation only where its kernel has more than one tap; elsewhere neither matters.
     steps = [s * d // pitch for s, d, pitch in zip(first.stride, second.dilation, result.dilation, strict=True)]
     inner = [max(d // pitch, 1) for d, pitch in zip(first.dilation, result.dilation, strict=True)]
-    for tap in torch.cartesian_prod(*(torch.arange(k) for k in second.kernel)).reshape(-1, second.rank).tolist():
+    for tap in itertools.product(*map(range, second.kernel)):
         window = tuple(
             slice(step * k2, step * k2 + pitch * (k1 - 1) + 1, pitch)
             for step, k2, pitch, k1 in zip(steps, tap, inner, first.kernel, strict=True)
         )
-        term = torch.einsum("gom,gmck->gock", w2[(slice(None),) * 3 + tuple(tap)], flat)
+        term = torch.einsum("gom,gmck->gock", w2[(slice(None),) * 3 + tap], flat)
         out[(slice(None),) * 3 + window] += term.reshape((*out.shape[:3], *first.kernel))
     return out.reshape(result.weight_shape)
 

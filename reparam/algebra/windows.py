@@ -129,7 +129,7 @@ def from_selection(index: Sequence[int], in_channels: int, device: torch.device 
 
     def weight() -> torch.Tensor:
         chosen = torch.zeros(len(index), in_channels, dtype=torch.float64, device=device)
-        chosen[torch.arange(len(index)), torch.tensor(index)] = 1
+        chosen[torch.arange(len(index), device="cpu"), torch.tensor(index, device="cpu")] = 1
         return chosen
 
     return AffineMap(Geometry(in_channels, len(index)), Deferred(weight), has_weights=False)

@@ -52,7 +52,7 @@ def load_archive(path: Path, *, trusted: bool = False) -> fx.GraphModule:
                 f"{path} {error}, which reparam does not load unasked; if you trust the source, pass --allow-pickle"
             ) from None
     try:
-        with quiet():
+        with quiet(), torch.device("cpu"):  # torch.export.load fails under some other default devices
             program = torch.export.load(path)
             module = graph_module(program)
     except Exception as error:  # a damaged program may raise nearly anything

@@ -126,10 +126,10 @@ def _adapted(example: Inputs, model: nn.Module) -> tuple[Inputs, tuple[InputSpec
 def _draw(spec: InputSpec, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
     dtype = spec.dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if dtype.is_floating_point:
-        return torch.randn(spec.shape, generator=generator).to(dtype)
+        return torch.randn(spec.shape, generator=generator, device="cpu").to(dtype)
     embeddings = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
     most = 2 if dtype is torch.bool or not embeddings else min(*embeddings, 100)
-    return torch.randint(0, most, spec.shape, generator=generator).to(dtype)
+    return torch.randint(0, most, spec.shape, generator=generator, device="cpu").to(dtype)
 
 
 def check_runs(model: nn.Module, inputs: Inputs, specs: Sequence[InputSpec], *, given: bool = True) -> None:

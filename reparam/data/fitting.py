@@ -101,7 +101,7 @@ def batches_of(
         raise InputError(f"{label} has no elements; give at least one row")
     made = []
     for start in range(0, min(count, limit), size):
-        taken = torch.arange(start, start + size) % count
+        taken = torch.arange(start, start + size, device="cpu") % count
         part = [tensor[taken.to(tensor.device)] if tensor.dim() else tensor for tensor in fit]
         last = min(start + size, count) - 1
         which = f"row {start}" if last == start else f"rows {start}-{last}"

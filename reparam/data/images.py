@@ -165,4 +165,5 @@ def _image(path: Path, how: Preparation) -> torch.Tensor:
     image = image.crop((left, top, left + how.size[1], top + how.size[0]))
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0)
     pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-    return (pixels - torch.tensor(how.mean).reshape(-1, 1, 1)) / torch.tensor(how.std).reshape(-1, 1, 1)
+    mean, std = (torch.tensor(values, device="cpu").reshape(-1, 1, 1) for values in (how.mean, how.std))
+    return (pixels - mean) / std

@@ -207,75 +207,75 @@ def _redrawn(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     values = tensor.flatten().cpu()
     if values.numel() == 0:
         return tensor
-    return values[torch.randint(values.numel(), tensor.shape, generator=generator)].to(tensor.device)
+    return values[torch.randint(values.numel(), tensor.shape, generator=generator, device="cpu")].to(tensor.device)
 
 
 def _normal(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def _uniform(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Uniform over the range of the example's values."""
     low, high = (float(tensor.min()), float(tensor.max())) if tensor.numel() else (0.0, 1.0)
-    return torch.rand(shape, generator=generator) * (high - low) + low
+    return torch.rand(shape, generator=generator, device="cpu") * (high - low) + low
 
 
 def _zeros(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.zeros(shape)
+    return torch.zeros(shape, device="cpu")
 
 
 def _ones(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.ones(shape)
+    return torch.ones(shape, device="cpu")
 
 
 def _large(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return 100.0 * torch.randn(shape, generator=generator)
+    return 100.0 * torch.randn(shape, generator=generator, device="cpu")
 
 
 def _tiny(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return 0.01 * torch.randn(shape, generator=generator)
+    return 0.01 * torch.randn(shape, generator=generator, device="cpu")
 
 
 def _borders(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """A constant per channel at the borders, an impulse in the middle, zero elsewhere; noise without borders."""
     if len(shape) < 3:
-        return torch.randn(shape, generator=generator)
-    image = torch.zeros(shape)
-    constant = torch.randn(shape[:2], generator=generator)
+        return torch.randn(shape, generator=generator, device="cpu")
+    image = torch.zeros(shape, device="cpu")
+    constant = torch.randn(shape[:2], generator=generator, device="cpu")
     for axis in range(2, len(shape)):
         for end in (0, shape[axis] - 1):
             image.movedim(axis, 0)[end] = constant.reshape(constant.shape + (1,) * (len(shape) - 3))
     middle = image
     for _ in shape[2:]:
         middle = middle.select(2, middle.shape[2] // 2)
-    middle.copy_(torch.randn(shape[:2], generator=generator))
+    middle.copy_(torch.randn(shape[:2], generator=generator, device="cpu"))
     return image
 
 
 def _impulses(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """One impulse for each channel, at a random place of the border; zero elsewhere; noise without borders."""
     if len(shape) < 3:
-        return torch.randn(shape, generator=generator)
-    image = torch.zeros(shape)
+        return torch.randn(shape, generator=generator, device="cpu")
+    image = torch.zeros(shape, device="cpu")
     flat = image.view(shape[0] * shape[1], *shape[2:])
     for plane in flat:
-        place = [int(torch.randint(size, (), generator=generator)) for size in plane.shape]
-        axis = int(torch.randint(plane.dim(), (), generator=generator))
-        place[axis] = (0, plane.shape[axis] - 1)[int(torch.randint(2, (), generator=generator))]
-        plane[tuple(place)] = torch.randn((), generator=generator)
+        place = [int(torch.randint(size, (), generator=generator, device="cpu")) for size in plane.shape]
+        axis = int(torch.randint(plane.dim(), (), generator=generator, device="cpu"))
+        place[axis] = (0, plane.shape[axis] - 1)[int(torch.randint(2, (), generator=generator, device="cpu"))]
+        plane[tuple(place)] = torch.randn((), generator=generator, device="cpu")
     return image
 
 
 def _constants(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """A constant per channel, which all but padding leaves constant."""
-    return torch.randn(shape[:2] + (1,) * (len(shape) - 2), generator=generator).expand(shape).clone()
+    return torch.randn(shape[:2] + (1,) * (len(shape) - 2), generator=generator, device="cpu").expand(shape).clone()
 
 
 def _shuffled(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """The booleans of a mask in another order; other tensors as they are."""
     if tensor.dtype != torch.bool:
         return tensor
-    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+    order = torch.randperm(tensor.numel(), generator=generator, device="cpu").to(tensor.device)
     return tensor.flatten()[order].reshape(shape)
 
 

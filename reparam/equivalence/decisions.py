@@ -228,7 +228,7 @@ def _telling(errors: _Run) -> torch.Tensor:
         sizes = [len(rms) for rms, _ in error.slices]
         for axis, size in enumerate(sizes):
             tells = axis == 0 or math.prod(sizes) // size >= FEW_ELEMENTS
-            parts.append(torch.full((2 * size,), tells))
+            parts.append(torch.full((2 * size,), tells, device="cpu"))
     return torch.cat(parts)
 
 

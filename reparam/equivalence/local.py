@@ -71,7 +71,8 @@ def _of_leaves(a: Any, b: Any, noise: Noise) -> Difference | None:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return Difference(float("inf"), what="one is a tensor and the other is none")
     if isinstance(a, float) and isinstance(b, (int, float)):
-        return _of_tensors(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), noise)
+        mine, theirs = torch.tensor((a, b), dtype=torch.float64, device="cpu")
+        return _of_tensors(mine, theirs, noise)
     return None if a == b else Difference(float("inf"), what=f"{a!r:.60} is {b!r:.60}")
 
 

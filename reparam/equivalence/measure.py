@@ -217,7 +217,7 @@ def _measure_floats(
     figures = replace(figures, elements=int(usable.sum()), failures=tuple(failures), notes=tuple(notes))
     if figures.elements == 0:
         return Measured(figures, shared_nonfinite=shared)
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
     t, o, c = (torch.where(usable, x, zero) for x in (t, o, c))
     c64 = None if c64 is None else torch.where(usable, c64, zero)
     noise, noise_dtype = o - t, dtype

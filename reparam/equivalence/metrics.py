@@ -60,9 +60,9 @@ def filled(
         noise: of the original, which need not be `o - t`.
         dtype: as for `error_metrics`.
     """
-    flat_index = int((c - t).abs().argmax())
+    worst = (c - t).abs().argmax()
     k, agreement = topk_agreement(c, o)
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_index), t.shape)) if t.dim() else ()
+    index = tuple(map(int, torch.unravel_index(worst, t.shape))) if t.dim() else ()
     return replace(
         figures,
         **error_metrics(c, t, dtype),
@@ -118,7 +118,7 @@ def ulp_quantiles(ulps: torch.Tensor) -> tuple[float, ...]:
 
 def ulp_histogram(ulps: torch.Tensor) -> tuple[int, ...]:
     """How many of the errors [n] lie between each of `ULP_BOUNDS` (included) and the bound before it."""
-    bounds = torch.tensor(ULP_BOUNDS, dtype=ulps.dtype)
+    bounds = torch.tensor(ULP_BOUNDS, dtype=ulps.dtype, device="cpu")
     return tuple(torch.bincount(torch.bucketize(ulps, bounds), minlength=len(ULP_BOUNDS)).tolist())
 
 

@@ -67,7 +67,7 @@ class MovedOperands(TorchDispatchMode):
     def __init__(self, seed: int, step: float = 1.0, weights: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         first = torch.Generator().manual_seed(seed)
-        self._key, self._step = int(torch.randint(-(2**62), 2**62, (1,), generator=first)), step
+        self._key, self._step = int(torch.randint(-(2**62), 2**62, (1,), generator=first, device="cpu")), step
         self._weights = {_place(tensor): tensor for tensor in weights if _is_dense(tensor)}
         self._known: dict[Any, torch.Tensor] = {}
         self._left = _KEPT

@@ -97,7 +97,7 @@ def _walk(value: Any, name: str, leaves: dict[str, Any], containers: dict[str, s
         leaves[name] = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
         return
     if isinstance(value, float):
-        leaves[name] = torch.tensor(value, dtype=torch.float64)
+        leaves[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
         return
     children = _children(value)
     if children is None:

@@ -113,7 +113,10 @@ def _mark(tensor: torch.Tensor) -> torch.Tensor:
 @cache
 def _weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    both = (torch.randn(_BLOCK, _PROJECTIONS, generator=generator), torch.randn(4099, generator=generator))
+    both = (
+        torch.randn(_BLOCK, _PROJECTIONS, generator=generator, device="cpu"),
+        torch.randn(4099, generator=generator, device="cpu"),
+    )
     return both[0].double().to(device), both[1].double().to(device)
 
 

@@ -245,7 +245,7 @@ def first_line(error: BaseException) -> str:
 def _rounding(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Uniform in +-u of each element; below the smallest normal number the spacing is constant."""
     info = torch.finfo(dtype)
-    draws = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).to(weight.device)
+    draws = torch.rand(weight.shape, generator=generator, device="cpu").mul_(2).sub_(1).to(weight.device)
     return draws * (weight.abs() * (info.eps / 2)).clamp_min(info.tiny * info.eps / 2)
 
 

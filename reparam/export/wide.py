@@ -188,7 +188,7 @@ class OnnxWeights:
         moved = {}
         for name, weight in self.weights.items():
             if name in changed and name not in structural:
-                draws = torch.rand(weight.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
+                draws = torch.rand(weight.shape, generator=generator, dtype=torch.float64, device="cpu").mul_(2).sub_(1)
                 exact = weight.double()
                 step = draws * exact.abs() * (torch.finfo(self.dtype).eps / 2)
                 moved[name] = torch.where(changed[name] & exact.isfinite(), exact + step, exact)

@@ -116,7 +116,7 @@ class _About:
     def has_sign(self, argument: Any) -> bool:
         """Whether a zero is a negative one, or one of several is."""
         is_number = isinstance(argument, (int, float))
-        value = torch.as_tensor(argument) if is_number else self.tensor(argument)
+        value = torch.as_tensor(argument, device="cpu") if is_number else self.tensor(argument)
         return value is not None and not value.is_complex() and bool(torch.signbit(value).any())
 
 

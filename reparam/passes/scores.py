@@ -193,7 +193,7 @@ def _rows(way: _Way, axis: int, sizes: Sizes) -> torch.Tensor | Inexact:
     tensor = info(way.layer)
     assert tensor is not None
     if all(len(node.users) == 1 for node in way.chain):
-        return torch.arange(tensor.shape[axis])
+        return torch.arange(tensor.shape[axis], device="cpu")
     known = {
         atom: value
         for size in sizes.dims(way.layer)
@@ -236,7 +236,7 @@ def _rows_at(way: _Way, axis: int, known: dict[Atom, int], sizes: Sizes) -> tupl
         shape = [size.number * prod(known[atom] for atom in size.atoms) for size in dims]
         where = [1] * len(shape)
         where[axis] = shape[axis]
-        value: Any = torch.arange(shape[axis], dtype=torch.int32).view(where).expand(shape).contiguous()
+        value: Any = torch.arange(shape[axis], dtype=torch.int32, device="cpu").view(where).expand(shape).contiguous()
         others: list[Any] = []
         for index, (node, source) in enumerate(zip(way.chain, (way.layer, *way.chain), strict=False)):
             after = made(node, source, value)

@@ -333,8 +333,8 @@ def _writes(node: fx.Node, root: nn.Module) -> bool:
 def _disturbed(value: Any, generator: torch.Generator) -> Any:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
-    draws = torch.rand(value.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(value.device)
-    return value * (1.0 + _DISTURBED * draws)
+    draws = torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu").mul_(2).sub_(1)
+    return value * (1.0 + _DISTURBED * draws.to(value.device))
 
 
 def _reads(node: fx.Node, changed: dict[fx.Node, Any]) -> bool:

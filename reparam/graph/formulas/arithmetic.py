@@ -80,7 +80,7 @@ def divide(call: Call) -> Lifted | Inexact | None:
     if not isinstance(a, fx.Node) or not _is_number(b) or call["rounding_mode"] is not None:
         return None
     divisor = b.to(torch.float64) if isinstance(b, torch.Tensor) else float(b)
-    if bool(torch.as_tensor(divisor == 0).any()):
+    if bool(torch.as_tensor(divisor == 0, device="cpu").any()):
         return Inexact("it divides by zero")
     return _scaled(call, a, 1.0 / divisor, None)
 

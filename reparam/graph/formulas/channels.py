@@ -134,7 +134,7 @@ def shuffle(call: Call) -> Lifted | None:
     size = None if x is None or call.ndim < 3 else call.sizes.dims(x)[1].literal
     if x is None or size is None or type(groups) is not int or size % groups:
         return None
-    return _selected(x, 1, torch.arange(size).view(groups, -1).t().flatten().tolist())
+    return _selected(x, 1, torch.arange(size, device="cpu").view(groups, -1).t().flatten().tolist())
 
 
 def reshape(call: Call) -> Lift | None:
@@ -190,7 +190,7 @@ def _lengths(name: str, parts: Any, size: int) -> list[int] | None:
     if not (type(parts) is int or (isinstance(parts, (tuple, list)) and all(type(part) is int for part in parts))):
         return None
     try:
-        return [len(part) for part in getattr(torch.empty(size), name)(parts)]
+        return [len(part) for part in getattr(torch.empty(size, device="cpu"), name)(parts)]
     except (RuntimeError, TypeError, ValueError):
         return None
 
@@ -200,7 +200,7 @@ def _gathered(call: Call, x: fx.Node, axis: int, chosen: Any) -> Lifted | None:
     if isinstance(chosen, fx.Node):
         chosen = call.constants.value(chosen) if chosen in call.constants else None
     if isinstance(chosen, (list, tuple)) and chosen and all(type(i) is int for i in chosen):
-        chosen = torch.tensor(chosen)
+        chosen = torch.tensor(chosen, device="cpu")
     if size is None or not isinstance(chosen, torch.Tensor) or chosen.ndim != 1 or chosen.dtype != torch.int64:
         return None
     if chosen.numel() == 0 or chosen.min() < -size or chosen.max() >= size:
@@ -263,7 +263,7 @@ def _order_at(x: fx.Node, chain: list[fx.Node], axis: int, sizes: Sizes, offset:
     shape = [number(size) for size in dims]
     if prod(shape) > _LARGEST_TEST:
         return None
-    start = torch.arange(prod(shape)).reshape(shape)
+    start = torch.arange(prod(shape), device="cpu").reshape(shape)
     tensor = start
     try:
         for node in chain:
