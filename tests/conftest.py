@@ -6,6 +6,8 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +27,22 @@ def _same_random_numbers(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _functions_keep_their_id() -> Iterator[None]:
+    """TorchScript knows functions by their `id`, also those that torch has let go since (in `torch.compile`'s imports).
+
+    Where an attribute of a model then gets such an address, `torch.jit.script` takes it for the function, and fails.
+    """
+    kept, refresh = [], torch._ops._refresh_packet
+
+    def keeping(packet: Any) -> None:
+        kept.append(packet._op)
+        refresh(packet)
+
+    with mock.patch.object(torch._ops, "_refresh_packet", keeping):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

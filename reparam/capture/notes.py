@@ -44,14 +44,14 @@ def mode_notes(model: nn.Module) -> tuple[str, ...]:
 
 def batch_notes(graph: fx.Graph) -> tuple[str, ...]:
     """Of calls that normalise by the batch though they are given running statistics, as exports in train mode do."""
-    found = [node for node in graph.nodes if _ignores_statistics(node)]
-    if not found:
+    found = (node.meta for node in graph.nodes if _ignores_statistics(node))
+    places = [*dict.fromkeys(meta["module_path"] or meta["source"] or "the forward" for meta in found)]
+    if not places:
         return ()
-    where = listed([*dict.fromkeys(str(node.meta["module_path"] or node.meta["source"]) for node in found)])
-    normalise = "normalises" if len(found) == 1 else "normalise"
     return (
-        f"with training=True, {where} {normalise} by the batch at inference, too, "
-        "and not by the running statistics; a program that was exported in train mode does so: export it after eval()",
+        f"with training=True, {listed(places)} {'normalises' if len(places) == 1 else 'normalise'} by the batch at "
+        "inference, too, and not by the running statistics; a program that was exported in train mode does so: export "
+        "it after eval()",
     )
 
 
