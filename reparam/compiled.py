@@ -23,6 +23,7 @@ from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
+from reparam.buffers import Kept
 from reparam.copying import compiled_methods, copied
 from reparam.errors import InputError
 
@@ -136,13 +137,20 @@ def as_deployed(module: nn.Module) -> Callable[..., Any]:
     return call
 
 
+def kept_until_done(*models: Any) -> Kept:
+    """The buffers of these models, which are put back when `nothing_compiled` ends."""
+    kept = Kept(*models)
+    _AFTERWARDS.callback(kept.put_back)
+    return kept
+
+
 @contextmanager
 def _put_back(module: nn.Module) -> Iterator[None]:
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     held = [(one, dict(one)) for part in parts for one in (vars(part), part._buffers, part._parameters, part._modules)]
     scripts = [part for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]
     modes = [(part, part.training) for part in scripts if hasattr(part, "training")]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    buffers = Kept(module)
     for part in (*parts, *(part for part, _ in modes)):
         part.training = False
     try:
@@ -153,12 +161,7 @@ def _put_back(module: nn.Module) -> Iterator[None]:
             one.update(before)
         for part, training in modes:
             part.training = training
-        with torch.no_grad():
-            for buffer, value in values:
-                if buffer.shape != value.shape:
-                    buffer.set_(value)  # type: ignore[call-overload]
-                elif not bool(((buffer == value) | ((buffer != buffer) & (value != value))).all()):
-                    buffer.copy_(value)
+        buffers.put_back()
 
 
 _ALONE = threading.RLock()

@@ -23,7 +23,7 @@ from reparam.lazy import Guarded, WrittenError, results_held
 from reparam.quiet import without_copying_warnings
 
 _WRAP_INLINE = wrap_inline(len).__code__
-_PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, type)
+_PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, type, torch.jit.ScriptFunction)
 
 
 def copied(model: nn.Module) -> nn.Module:

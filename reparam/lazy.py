@@ -201,13 +201,16 @@ def lean_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module 
     return duplicate
 
 
-def results_held(module: nn.Module) -> dict[int, torch.Tensor]:
-    """For `copy.deepcopy`, copies of the attributes that are results with gradients, which it would not copy itself.
+def results_held(module: nn.Module) -> dict[int, Any]:
+    """For `copy.deepcopy`, copies of the attributes that it would not copy itself.
 
-    A hook may have left one there, as that of `torch.nn.utils.weight_norm` does.
+    Results with gradients (a hook may have left one there, as that of `torch.nn.utils.weight_norm` does), and functions
+    of TorchScript, which hold nothing.
     """
-    held = (value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor))
-    return {id(value): value.detach().clone() for value in held if value.grad_fn is not None}
+    held = [value for part in module.modules() for value in vars(part).values()]
+    tensors = (value for value in held if isinstance(value, torch.Tensor))
+    results = {id(value): value.detach().clone() for value in tensors if value.grad_fn is not None}
+    return {**results, **{id(value): value for value in held if isinstance(value, torch.jit.ScriptFunction)}}
 
 
 def cast_rest(module: nn.Module, dtype: torch.dtype) -> None:
@@ -231,7 +234,7 @@ def shared_storages(copied: nn.Module) -> frozenset[int]:
 class Guarded(TorchDispatchMode):
     """Inside, nothing is written to some storages: `WrittenError` is raised before it would be.
 
-    Operators that call functions (`torch.cond`) are not looked into: torch refuses those that write to their arguments.
+    So it is in the functions that operators call (`torch.cond`).
     """
 
     supports_higher_order_operators = True
@@ -245,7 +248,18 @@ class Guarded(TorchDispatchMode):
             require_unwritten(func, args, kwargs or {}, self._is_shared)
         elif "mutation" in func.name():
             raise WrittenError(f"{func.name()} may write to its arguments")
+        else:
+            args = tuple(self._guarding(one) if callable(one) else one for one in args)
         return func(*args, **(kwargs or {}))
+
+    def _guarding(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Torch leaves the mode while it is asked what to do."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return call
 
     def _is_shared(self, tensor: torch.Tensor) -> bool:
         return not isinstance(tensor, Lazy) and tensor.untyped_storage()._cdata in self._storages

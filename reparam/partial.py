@@ -58,7 +58,8 @@ class FusedPart(nn.Module):
             name: value for name, value in state.items() if isinstance(value, _PLAIN) and name not in vars(self)
         }
         inside = {name for key in ("_parameters", "_buffers", "_modules") for name in state[key]}
-        self._gone = frozenset({*inside, *state, *dir(type(original))} - {*self._plain, *dir(nn.Module), *vars(self)})
+        of_class = {name for name in dir(type(original)) if not name.startswith("__")}  # Python asks for those itself
+        self._gone = frozenset({*inside, *state, *of_class} - {*self._plain, *dir(nn.Module), *vars(self)})
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

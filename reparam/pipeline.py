@@ -23,7 +23,7 @@ from reparam.capture.scripts import graph_of_script
 from reparam.capture.trace import WAYS
 from reparam.capture.trace import capture as capture_graph
 from reparam.chance import refusal
-from reparam.compiled import eager, entered, is_compiled, nothing_compiled
+from reparam.compiled import eager, entered, is_compiled, kept_until_done, nothing_compiled
 from reparam.data import LIMIT, Batch, Data, read
 from reparam.equivalence import difference
 from reparam.equivalence import verify as verify_modules
@@ -124,6 +124,7 @@ def fuse(
             something had to be undone. No module is returned.
     """
     _require_values(model)
+    kept = kept_until_done(model)
     was_compiled, model = is_compiled(model), opened_programs(eager(model))
     level = _level(verify)
     _require_options(capture, explain, fixed_sizes, passes)
@@ -143,6 +144,11 @@ def fuse(
     job = _Job(reference, inputs, own, capture, level, seed, stages, passes, prices, explain, fixed_sizes, batches)
     with _explained(model, reference, inputs), entered() as called:
         attempt = job.attempt(Ledger(judge=difference if level in _CHECKED else None), find_parting=True)
+    if kept.put_back():
+        raise UnfitModelError(
+            f"{name} changes its own buffers, though a copy of it runs: a function that it keeps as an attribute is "
+            "bound to it, or holds it in a closure; make that a method of its class"
+        )
     undone: tuple[Undone, ...] = ()
     if not attempt.passed or attempt.faults:
         with stages("finding the fault"):

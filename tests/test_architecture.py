@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "reparam"
 # Every room may import these: they hold plain values and import nothing of ours but each other.
 COMMON = (
     "reparam.answers",
+    "reparam.buffers",
     "reparam.chance",
     "reparam.checks",
     "reparam.compiled",
@@ -42,6 +43,7 @@ RESULT_VALUES = (*PASS_VALUES, "reparam.equivalence", "reparam.bench")
 # What each room may import of ours besides itself and COMMON. "reparam" alone is the package's own __init__.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "answers": (),
+    "buffers": (),
     "chance": (),
     "checks": (),
     "compiled": (),

@@ -54,7 +54,7 @@ def gather(
             "give it an example for which it does",
         )
     elif not failures:
-        failures = _lack_of_evidence(run, every)
+        failures = _lack_of_evidence(run, every) or _held_against_nothing(ran)
     errors = [output.algebra_error for output in every if output.algebra_error is not None]
     return Comparison(
         passed=not failures,
@@ -117,8 +117,16 @@ def _has_elements(ran: Ran) -> bool:
     return ran.truth is not None and any(tensor.numel() for tensor in ran.truth.tensors().values())
 
 
+def _held_against_nothing(ran: Sequence[Ran]) -> tuple[str, ...]:
+    """Outputs whose errors had no bar on any input."""
+    measured = [one for each in ran for one in each.measured if one.truth is not None]
+    judged = {one.figures.name for one in measured if one.numeric is not None or one.algebra is not None}
+    names = dict.fromkeys(one.figures.name for one in measured)
+    return tuple(f"{name}: its error was held against no bar on any input" for name in names if name not in judged)
+
+
 def _hopeless(output: OutputComparison) -> bool:
-    return output.algebra_error is None and not output.original_noise <= HOPELESS_NOISE
+    return output.algebra_ratio is None and not output.original_noise <= HOPELESS_NOISE
 
 
 def _lack_of_evidence(run: Sequence[CaseResult], outputs: Sequence[OutputComparison]) -> tuple[str, ...]:

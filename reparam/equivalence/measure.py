@@ -229,14 +229,17 @@ def _measure_floats(
         rounding = torch.where(usable & rounding.isfinite(), rounding - c64, zero)
     small = torch.finfo(torch.float64).eps / torch.finfo(noise_dtype).eps
     other_dtype = runs.noise is not None and runs.noise_dtype != rules.dtype
-    figures = metrics.filled(figures, t, o, c, noise * small if other_dtype else noise, original.dtype)
+    figures = metrics.filled(
+        figures, t, o, c, noise * small if other_dtype and runs.judged64 else noise, original.dtype
+    )
     # Dividing by the scale first keeps squares in range; ratios do not notice.
     unit = float(t.abs().max()) or 1.0
     s_truth, s_noise = spread(t / unit), spread(noise / unit)
     s_rounding = None if rounding is None else spread(rounding / unit)
     amplified = metrics.relative(s_noise.rms, s_truth.rms) / torch.finfo(noise_dtype).eps
     numeric = algebra = None
-    if rules.dtype != torch.float64 and runs.numeric:
+    narrow_inside = rules.dtype == torch.float64 and not runs.judged64  # it rounds as `noise` does, whatever it is in
+    if (rules.dtype != torch.float64 or narrow_inside) and runs.numeric:
         allowed = s_noise
         if s_rounding is not None:
             allowed = with_weight_rounding(s_noise, s_rounding, s_truth, torch.finfo(dtype).eps)

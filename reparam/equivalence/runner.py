@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from reparam.buffers import Kept
 from reparam.compiled import as_deployed, eager, is_compiled, nothing_compiled
 from reparam.data import LIMIT, Data, read
 from reparam.equivalence.cases import Case, Slot, plan
@@ -141,7 +142,16 @@ def verify(
 
     budget = BUDGET if level == "standard" else float("inf")
     session = begun(spent, is_compiled(given))
-    ran = _run_slots(session, slots, budget)
+    own = Kept(*(() if is_compiled(given) else (original, given, deployed, candidate_float64)))
+    try:
+        ran = _run_slots(session, slots, budget)
+    finally:
+        changed = own.put_back()
+    if changed and not session.compiled:
+        raise InputError(
+            "the forward of a model changes the buffers of the model itself, though a copy of it runs: a function that "
+            "it keeps as an attribute is bound to it, or holds it in a closure; make that a method of its class"
+        )
     if session.compiled:  # all again: both begin with the state that they have now
         session = begun(session.spent, True)
         ran = _run_slots(session, slots, budget + session.spent - spent)

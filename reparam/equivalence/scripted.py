@@ -46,4 +46,9 @@ def _is_narrow(node: Any) -> bool:
     except RuntimeError:  # it has none, as an `if`
         return False
     given = dict(zip((argument.name for argument in arguments), node.inputs(), strict=False))
-    return "dtype" in given and given["dtype"].toIValue() in _CODES
+    if "dtype" not in given:
+        return False
+    kind = given["dtype"].node().kind()
+    if kind == "prim::Constant":
+        return given["dtype"].toIValue() in _CODES
+    return bool(kind != "prim::dtype")  # that of another tensor follows the weights; an attribute or a choice may not

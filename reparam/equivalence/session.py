@@ -157,9 +157,10 @@ def session_of(
         session.rounded64 = disturbed(module, known, rules.dtype, seed)
     if any(isinstance(model, nn.Module) and names_narrow_dtypes(model) for model in (original, candidate)):
         session.judged64 = False
+        where = "float64 by what float32 costs" if rules.dtype == torch.float64 else str(rules.dtype)[6:]
         session.notes.append(
             "TorchScript code names dtypes, in which it runs in float64, too: the float64 difference is told, and "
-            f"judged is the error in {str(rules.dtype)[6:]}"
+            f"judged is the error in {where}"
         )
     if session.rounded64 is not None and (isinstance(original, Elsewhere) or isinstance(candidate, Elsewhere)):
         # Exporters merge weights in float32, and what that costs depends on terms that nobody has any more.
