@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from reparam import benchmark, export_archive, export_onnx, fuse, load, verify
+from reparam import CaptureError, InputError, benchmark, export_archive, export_onnx, fuse, load, verify
 from tests.support import assert_unchanged, relative_error, run, snapshot, static_counts
 from tests.zoo.case import conv_bn, randomise
 
@@ -120,3 +121,33 @@ def test_nothing_is_made_on_the_default_device(tmp_path: Path) -> None:
     assert half.report.comparison.passed
     assert relative_error(run(original, x), run(result.module, x)) < 1e-5
     assert relative_error(run(result.module, x), run(again, x)) < 1e-5
+
+
+class Bound(nn.Module):
+    """Calls itself through a function that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = conv_bn(2, 3, 4, 3)
+        self.call = lambda x: self.layers(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.call(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_its_own_copy_calls_is_left_as_it_was(dtype: torch.dtype) -> None:
+    model, x = randomise(Bound()).train().to(dtype), image().to(dtype)
+    before = snapshot(model)
+    with pytest.raises((InputError, CaptureError)):
+        fuse(model, x)
+    with pytest.raises(InputError):
+        verify(model, model, x)
+    assert_unchanged(before, model)
+    with (
+        pytest.raises(CaptureError, match="changes its own buffers, though a copy of it runs")
+        if (dtype == torch.float64)
+        else pytest.raises((InputError, CaptureError))
+    ):
+        fuse(model, x, verify=False)
+    assert_unchanged(before, model)

@@ -137,3 +137,37 @@ def test_a_script_that_cannot_be_copied_is_refused_in_a_sentence(monkeypatch: py
     monkeypatch.setattr(type(script), "__deepcopy__", fails, raising=False)
     with pytest.raises(CaptureError, match=r"it cannot be copied \(Tried to serialize .*; fuse the PyTorch model"):
         fuse(script, image())
+
+
+def test_in_float64_it_is_held_against_what_float32_costs() -> None:
+    eager = ready(Casting()).eval().double()
+    original, x = torch.jit.script(eager), image().double()
+    comparison = verify(original, eager, x)
+    assert comparison.passed
+    assert comparison.outputs[0].numeric_ratio is not None
+    for much in (1e-3, 0.1, 10.0):
+        wrong = copy.deepcopy(eager)
+        with torch.no_grad():
+            wrong.norm.weight.mul_(1 + much)
+        assert not verify(original, wrong, x).passed
+
+
+def test_a_dtype_that_an_attribute_holds_is_a_name() -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kind = torch.float32
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(x.to(self.kind)).to(x.dtype)
+
+    Held.__annotations__ = {"kind": torch.dtype}  # as text, which it is in this file, TorchScript does not know it
+    assert names_narrow_dtypes(torch.jit.script(Held()))
+    assert not names_narrow_dtypes(torch.jit.script(Following()))
+
+
+def test_a_function_that_is_an_attribute_is_copied_as_itself() -> None:
+    model = ready(Casting()).eval()
+    model.function = torch.jit.script(torch.nn.functional.relu6)
+    assert verify(model, model, image()).passed
+    assert fuse(model, image()).module is not None
