@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ class Kept:
 
     Copies run, and not the models. But a function that a model keeps as an attribute may be bound to the model itself,
     or refer to it by a closure; a copy of the model calls it, and it runs the model's own layers as they stand.
+
+    Args:
+        models: those that are modules; others have no buffers.
+        but: whose buffers are left out.
     """
 
-    def __init__(self, *models: Any) -> None:
-        buffers = (buffer for model in models if isinstance(model, nn.Module) for buffer in model.buffers())
-        unique = {id(buffer): buffer for buffer in buffers if not (is_lazy(buffer) or buffer.is_meta)}
+    def __init__(self, *models: Any, but: Any = None) -> None:
+        unique = {id(buffer): buffer for model in models for buffer in _buffers(model)}
+        for buffer in _buffers(but):
+            unique.pop(id(buffer), None)
         self._values = [(buffer, buffer.detach().clone()) for buffer in unique.values()]
 
     def put_back(self) -> bool:
@@ -38,6 +44,11 @@ class Kept:
                 else:
                     buffer.set_(value)  # type: ignore[call-overload]
         return changed
+
+
+def _buffers(model: Any) -> Iterator[torch.Tensor]:
+    if isinstance(model, nn.Module):
+        yield from (buffer for buffer in model.buffers() if not (is_lazy(buffer) or buffer.is_meta))
 
 
 def _is_equal(buffer: torch.Tensor, value: torch.Tensor) -> bool:

@@ -230,11 +230,9 @@ def _import_violation(room: str, item: Import) -> str | None:
 def devices_left_open(path: Path) -> list[tuple[int, str]]:
     """Line and name of calls that make a tensor on torch's default device, which is the user's and may be any."""
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    return [
-        (call.lineno, ast.unparse(call.func))
-        for call in calls
-        if ast.unparse(call.func) in FACTORIES and "device" not in {keyword.arg for keyword in call.keywords}
-    ]
+    open_ones = (call for call in calls if "device" not in {keyword.arg for keyword in call.keywords})
+    named = ((call.lineno, ast.unparse(call.func)) for call in open_ones if isinstance(call.func, ast.Attribute))
+    return [(line, name) for line, name in named if name in FACTORIES]
 
 
 def violations(package: Path) -> list[str]:

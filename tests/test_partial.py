@@ -275,3 +275,15 @@ def test_shared_and_hooked_children_nested_results_and_train_mode() -> None:
     assert fused.blocks[0] is fused.blocks[1]
     assert any(note.startswith("stem (Block) stays as it is") and "hooks" in note for note in result.report.notes)
     assert executed_counts(fused, X)["bn"] == 1  # beside the hooked module itself, which cannot be looked into
+
+
+def test_a_part_that_is_a_graph_module_is_fused() -> None:
+    model = randomise(Model(data_dependent)).eval().double()
+    model.stem = torch.fx.symbolic_trace(model.stem)  # type: ignore[assignment]
+    result = reparam.fuse(model, X)
+    assert result.report.comparison is not None
+    assert result.report.comparison.passed
+    assert executed_counts(result.module, X)["bn"] == 0
+    copied = copy.deepcopy(result.module)
+    with torch.no_grad():
+        assert relative_error(model(X), copied(X)) < 1e-11

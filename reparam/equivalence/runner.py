@@ -107,8 +107,8 @@ def verify(
 
     Raises:
         InputError: the level does not exist, the original cannot run on the example inputs or on the data, the data
-            cannot be read or does not fit the example, a module cannot be copied, or the original draws random numbers
-            from elsewhere than torch, so that no seed repeats its answers.
+            cannot be read or does not fit the example, a module cannot be copied, or calls itself from its copy, or the
+            original draws random numbers from elsewhere than torch, so that no seed repeats its answers.
     """
     inputs = Inputs.of(example_inputs)
     _require_usable(original=original, candidate=candidate, deployed=deployed)
@@ -142,16 +142,8 @@ def verify(
 
     budget = BUDGET if level == "standard" else float("inf")
     session = begun(spent, is_compiled(given))
-    own = Kept(*(() if is_compiled(given) else (original, given, deployed, candidate_float64)))
-    try:
-        ran = _run_slots(session, slots, budget)
-    finally:
-        changed = own.put_back()
-    if changed and not session.compiled:
-        raise InputError(
-            "the forward of a model changes the buffers of the model itself, though a copy of it runs: a function that "
-            "it keeps as an attribute is bound to it, or holds it in a closure; make that a method of its class"
-        )
+    own = Kept(original, given, deployed, candidate_float64, but=given if is_compiled(given) else None)
+    ran = _run_of_copies(session, slots, budget, own)
     if session.compiled:  # all again: both begin with the state that they have now
         session = begun(session.spent, True)
         ran = _run_slots(session, slots, budget + session.spent - spent)
@@ -182,6 +174,24 @@ def verify(
     failed = next((one.case for one, case in zip(ran, comparison.cases, strict=True) if case.failures), None)
     tried = inputs if failed is None else failed.inputs
     return replace(comparison, parting=_parting(original, exact, tried, seed))
+
+
+def _run_of_copies(session: Session, slots: list[Slot], budget: float, own: Kept) -> list[Ran]:
+    """Leaves the models themselves as they were; `own` are the buffers that copies of them do not share.
+
+    Raises:
+        InputError: a copy has changed these, so that it is not what it was taken for.
+    """
+    try:
+        ran = _run_slots(session, slots, budget)
+    finally:
+        changed = own.put_back()
+    if changed and not session.compiled:
+        raise InputError(
+            "the forward of a model changes the buffers of the model itself, though a copy of it runs: a function that "
+            "it keeps as an attribute is bound to it, or holds it in a closure; make that a method of its class"
+        )
+    return ran
 
 
 def _run_slots(session: Session, slots: list[Slot], budget: float) -> list[Ran]:

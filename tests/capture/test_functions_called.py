@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam import export_archive, export_onnx, fuse, verify
+from reparam import CaptureError, export_archive, export_onnx, fuse, verify
 from reparam.export import OnnxSession
 from tests.equivalence.nets import randomise
 
@@ -60,3 +60,28 @@ def test_two_of_them_are_compared() -> None:
     assert not any("torch.compile" in note for note in comparison.notes)
     next(wrong.parameters()).data.mul_(1.01)
     assert not verify(model, wrong, torch.rand(2, 3, 8, 8)).passed
+
+
+class Writing(nn.Module):
+    """Writes to a weight in a branch, which is large enough for copies to share it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(300, 300))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def writing(x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.weight.add_(1.0)
+            return x @ self.weight
+
+        return torch.cond(x.mean() > 0, writing, lambda x: x * 1.0, (x,))  # type: ignore[no-any-return]
+
+
+def test_a_branch_does_not_write_to_the_weights_of_the_model() -> None:
+    model, x = Writing().eval(), torch.rand(2, 300)
+    before = model.weight.detach().clone()
+    with pytest.raises(CaptureError, match="writes to a parameter"):
+        fuse(model, x)
+    assert not verify(nn.Linear(300, 300), model, x).passed
+    assert torch.equal(model.weight, before)

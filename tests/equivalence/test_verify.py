@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from reparam import fuse
-from reparam.equivalence import Comparison, compare_outputs, verify
+from reparam.equivalence import Comparison, compare_outputs, runner, verify
 from reparam.errors import CaptureError, InputError, NotEquivalentError
 from tests.equivalence.nets import Plain, TwoOutputs, example, folded, randomise
 
@@ -367,3 +367,18 @@ def test_a_candidate_that_cannot_run_says_nothing_of_what_the_original_returns()
     comparison = verify(Function(lambda x: x * 2.0), Function(lambda x: x.no_such_thing()), example(), level="quick")
     assert not comparison.passed
     assert not any("no tensor with any element" in note for case in comparison.cases for note in case.notes)
+
+
+def test_an_error_without_any_bar_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = runner.measure
+
+    def without_bars(*args: Any) -> Any:
+        measured, failures = whole(*args)
+        return tuple(dataclasses.replace(one, numeric=None, algebra=None) for one in measured), failures
+
+    monkeypatch.setattr(runner, "measure", without_bars)
+    model = nn.Linear(4, 4)
+    comparison = verify(model, copy.deepcopy(model), torch.randn(2, 4))
+    assert not comparison.passed
+    assert comparison.lacks_evidence
+    assert comparison.failures == ("output: its error was held against no bar on any input",)
