@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 import reparam
 from reparam import lazy
+from reparam.capture.trace import capture
 from reparam.equivalence.precision import PrivateCopy, private_copy, run
+from reparam.graph.constants import Constants
+from reparam.graph.lift import Lifted
+from reparam.graph.lifted import LiftedGraph
+from reparam.graph.nodes import kind
+from reparam.graph.normal import normalise
+from reparam.graph.table import TABLE
 from reparam.inputs import Inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,3 +136,79 @@ def test_a_wrong_weight_is_found_through_lazy_weights(monkeypatch: pytest.Monkey
     with torch.no_grad():
         next(fused.module.parameters())[0] *= 1.001
     assert not reparam.verify(model, fused.module, x).passed
+
+
+class Standardised(nn.Conv2d):
+    """Its weights are normalised in every call (Qiao et al. 2019, "Weight standardization")."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """The garbage collector runs when there are many objects, whatever they hold; weights must not wait for it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_no_pass_leaves_wide_weights_behind(monkeypatch: pytest.MonkeyPatch, without_collector: None) -> None:
+    made: list[weakref.ref[Constants]] = []
+    most = 0
+    begin = Constants.__init__
+
+    def watched(self: Constants, *args: object, **settings: object) -> None:
+        nonlocal most
+        begin(self, *args, **settings)  # type: ignore[arg-type]
+        made.append(weakref.ref(self))
+        most = max(most, sum(one() is not None for one in made))
+
+    monkeypatch.setattr(Constants, "__init__", watched)
+    model = nn.Sequential(Standardised(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Standardised(8, 4, 3)).eval()
+    fused = reparam.fuse(model, torch.randn(1, 3, 9, 9))
+    assert {"constants", "collapse"} <= {rewrite.pass_name for rewrite in fused.report.rewrites}
+    assert len(made) > 5
+    assert most <= 2, "each pass looks at the graph anew, and lets go of what it has computed of its weights"
+    assert not any(one() for one in made)
+
+
+def captured(model: nn.Module, x: torch.Tensor) -> tuple[Constants, LiftedGraph, dict[str, fx.Node]]:
+    found = capture(model, x)
+    normalise(found.graph, found.root)
+    constants = Constants(found.graph, found.root)
+    nodes = {kind(node, found.root): node for node in found.graph.nodes}
+    return constants, LiftedGraph(found.graph, found.root, TABLE, constants), nodes
+
+
+def test_what_a_folded_constant_was_made_of_is_let_go(without_collector: None) -> None:
+    constants, _, nodes = captured(Standardised(3, 8, 3), torch.randn(1, 3, 9, 9))
+    made = constants.value(nodes["reshape_as"])
+    within, shared = weakref.ref(constants.value(nodes["batch_norm"])), weakref.ref(constants.value(nodes["reshape"]))
+    nodes["conv2d"].args = (nodes["conv2d"].args[0], nodes["reshape"], *nodes["conv2d"].args[2:])
+    constants.forget(nodes["reshape_as"])
+    assert within() is None
+    assert shared() is None, "what reads it is no constant, so nobody needs the value"
+    assert torch.equal(constants.value(nodes["reshape_as"]), made), "it can be asked for again"
+    constants.forget(nodes["batch_norm"])
+    assert constants.value(nodes["batch_norm"]) is constants.value(nodes["batch_norm"]), "another value is made of it"
+
+
+class OfFunctions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.matrix = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(7, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.kernel) @ self.matrix
+
+
+def test_weights_of_functions_are_not_widened_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lifted, nodes = captured(OfFunctions(), torch.randn(2, 3, 9, 9))
+    monkeypatch.setattr(Constants, "_evaluate", lambda *_: pytest.fail("a weight was widened"))
+    for name, channels in (("conv2d", 4), ("matmul", 5)):
+        found = lifted.lift(nodes[name])
+        assert isinstance(found, Lifted)
+        assert found.maps(3)[0].geometry.out_channels == channels

@@ -77,6 +77,19 @@ class Constants:
                 pending.extend(missing)
         return self._values[argument]
 
+    def held(self, node: fx.Node) -> Any:
+        """The value of a constant node; that of a parameter or buffer as it is held, without a copy in float64."""
+        return _unrounded(node, attribute(self._root, str(node.target))) if node.op == "get_attr" else self.value(node)
+
+    def forget(self, node: fx.Node) -> None:
+        """Drops the value of a node that nothing reads any more, and of what only led to it."""
+        pending = [node]
+        while pending:
+            gone = pending.pop()
+            if gone in self._values and not any(user in self._values for user in gone.users):
+                del self._values[gone]
+                pending.extend(gone.all_input_nodes)
+
     def _is_constant(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
             held = attribute(self._root, str(node.target))

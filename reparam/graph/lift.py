@@ -229,7 +229,8 @@ class CallTable(Generic[Found]):
             arguments.update(row.read_module(_unrounded(node, root)))
         for name, value in arguments.items():
             if isinstance(value, fx.Node) and value in constants:
-                arguments[name] = constants.value(value)
+                # What can be read off a module comes as the module has it, so a formula for modules takes it so.
+                arguments[name] = constants.held(value) if row.modules else constants.value(value)
             elif isinstance(value, fx.Node) and name == "groups" and "number" in value.meta:
                 arguments[name] = value.meta["number"]  # a channel count; the weight's shape fixes it
             elif isinstance(value, fx.Node) and info(value) is None:

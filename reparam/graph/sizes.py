@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
+from weakref import WeakMethod
 
 from torch import fx
 
@@ -71,6 +72,9 @@ class Sizes:
         graph: the graph.
         rule: the sizes of a node's tensor as its operation tells them, or None for a node it knows nothing about.
         demanded: the size of an axis that an operation which reads the tensor demands, or None.
+
+    Both are methods of what holds this, and are not kept alive: in a cycle, the weights that their owner has widened
+    would outlive it.
     """
 
     def __init__(
@@ -79,8 +83,8 @@ class Sizes:
         rule: Callable[[fx.Node, Sizes], Dims | None],
         demanded: Callable[[fx.Node, int], int | None],
     ) -> None:
-        self._rule = rule
-        self._demanded = demanded
+        self._rule = WeakMethod(rule)
+        self._demanded = WeakMethod(demanded)
         self._dims: dict[fx.Node, Dims] = {}
         self._pending = iter(list(graph.nodes))
 
@@ -97,10 +101,13 @@ class Sizes:
         shape = () if tensor is None else tensor.shape
         if node.op == "get_attr":
             return tuple(Size(size) for size in shape)
-        found = self._rule(node, self) if shape else None
+        rule, demanded = self._rule(), self._demanded()
+        assert rule is not None
+        assert demanded is not None
+        found = rule(node, self) if shape else None
         dims = found if found is not None and _fits(found, shape) else own_sizes(node)
         # On any other input the original fails: a layer with weights reads it.
-        wanted = [self._demanded(node, axis) if dims[axis].atoms else None for axis in range(len(shape))]
+        wanted = [demanded(node, axis) if dims[axis].atoms else None for axis in range(len(shape))]
         if any(user.target is require_sizes for user in node.users):
             wanted[1:] = shape[1:]
         return tuple(size if number is None else Size(number) for size, number in zip(dims, wanted, strict=True))

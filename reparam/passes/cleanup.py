@@ -16,8 +16,8 @@ Not done: casts and `contiguous`, which do something in another precision or mem
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,14 +92,15 @@ class _About:
     def __init__(self, graph: fx.Graph, root: nn.Module, table: LiftTable) -> None:
         self.root = root
         self.constants = Constants(graph, root)
-        self._make: Callable[[], Sizes] = lambda: LiftedGraph(graph, root, table, self.constants).sizes
-        self._sizes: Sizes | None = None
+        self._graph, self._table = graph, table
+
+    @cached_property
+    def _lifted(self) -> LiftedGraph:
+        return LiftedGraph(self._graph, self.root, self._table, self.constants)
 
     @property
     def sizes(self) -> Sizes:
-        if self._sizes is None:
-            self._sizes = self._make()
-        return self._sizes
+        return self._lifted.sizes
 
     def is_all(self, argument: Any, number: int) -> bool:
         """Whether an argument is this number, or a constant tensor of nothing else."""

@@ -103,6 +103,7 @@ def _fold(node: fx.Node, constants: Constants, graph: fx.Graph, root: nn.Module)
         made = insert_constant(graph, root, node.name, value, _remembered(exact))
     stand_for(made, node)
     node.replace_all_uses_with(made)
+    constants.forget(node)
 
 
 def _remembered(exact: torch.Tensor) -> Callable[[], Constant]:

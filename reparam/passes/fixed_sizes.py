@@ -24,7 +24,7 @@ from reparam.graph.constants import Constants
 from reparam.graph.lift import LiftTable
 from reparam.graph.lifted import LiftedGraph
 from reparam.graph.nodes import described, info, kind, place, replace_by_literal
-from reparam.graph.sizes import Atom, Size, Sizes, axes_read, size_read, spell_out
+from reparam.graph.sizes import Atom, Size, axes_read, size_read, spell_out
 from reparam.graph.table import TABLE
 from reparam.passes.base import Refusal, Rewrite
 from reparam.passes.ledger import all_allowed
@@ -77,7 +77,7 @@ class KnownSizes:
 
 
 def _fixed(graph: fx.Graph, root: nn.Module, table: LiftTable, *, of_inputs: bool) -> _Fixed:
-    return _Fixed(graph, root, LiftedGraph(graph, root, table, Constants(graph, root)).sizes, of_inputs)
+    return _Fixed(graph, root, LiftedGraph(graph, root, table, Constants(graph, root)), of_inputs)
 
 
 def _write(found: dict[fx.Node, _Value], graph: fx.Graph) -> None:
@@ -105,8 +105,8 @@ class _Fixed:
         inputs: whose sizes were used.
     """
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, sizes: Sizes, of_inputs: bool) -> None:
-        self._root, self._sizes, self._of_inputs = root, sizes, of_inputs
+    def __init__(self, graph: fx.Graph, root: nn.Module, lifted: LiftedGraph, of_inputs: bool) -> None:
+        self._root, self._lifted, self._of_inputs = root, lifted, of_inputs
         self._free: dict[Atom, bool] = {}
         self.inputs: dict[fx.Node, None] = {}
         for node in graph.nodes:  # in order, because a graph can be deeper than Python's stack
@@ -131,8 +131,8 @@ class _Fixed:
         """The sizes that a node reads together, or the number that it computes; None if it is neither."""
         tensor, axes = axes_read(node)
         if tensor is not None:
-            return [self._sizes.dims(tensor)[axis] for axis in axes]
-        size = self._sizes.value(node) if type(node.meta.get("number")) in (int, float, bool) else None
+            return [self._lifted.sizes.dims(tensor)[axis] for axis in axes]
+        size = self._lifted.sizes.value(node) if type(node.meta.get("number")) in (int, float, bool) else None
         return None if size is None else [size]
 
     def _is_free(self, node: fx.Node, axis: int) -> bool:
@@ -147,7 +147,7 @@ class _Fixed:
         if not any(part in name for part in _WINDOWED):
             return False
         others = [other for other in node.all_input_nodes if other is not image and other.op != "get_attr"]
-        return all(map(self._is_free_value, others)) and self._known(list(self._sizes.dims(image)[1:]))
+        return all(map(self._is_free_value, others)) and self._known(list(self._lifted.sizes.dims(image)[1:]))
 
     def _is_free_number(self, node: fx.Node) -> bool:
         """A number that Python computes of sizes, each of which is fixed."""
@@ -155,7 +155,7 @@ class _Fixed:
             return False
         read = size_read(node)
         if read is not None:
-            return self._known([self._sizes.dims(read[0])[read[1]]])
+            return self._known([self._lifted.sizes.dims(read[0])[read[1]]])
         return bool(node.all_input_nodes) and all(map(self._is_free_value, node.all_input_nodes))
 
     def _is_free_value(self, node: fx.Node) -> bool:

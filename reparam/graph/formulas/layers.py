@@ -72,7 +72,7 @@ def product(call: Call) -> Lifted | None:
     x, weight = call.tensor(), call["other"] if call["mat2"] is None else call["mat2"]
     if x is None or x in call.constants or not isinstance(weight, fx.Node) or weight not in call.constants:
         return None
-    matrix = call.constants.value(weight)
+    matrix = call.constants.held(weight)
     if matrix.ndim != 2 or call.ndim < 2:
         return None
     made = algebra.from_linear(matrix.t(), None)
