@@ -37,17 +37,15 @@ from reparam.equivalence.cases import Case
 from reparam.equivalence.comparison import CaseResult
 from reparam.equivalence.decisions import with_decisions
 from reparam.equivalence.gather import Ran
-from reparam.equivalence.judge import Spread, spread
+from reparam.equivalence.judge import Spread
 from reparam.equivalence.measure import AT_ITS_CEILING, FOLD_ROUNDINGS
 from reparam.equivalence.measured import Measured
 from reparam.equivalence.metrics import relative
-from reparam.equivalence.montecarlo import MovedOperands
-from reparam.equivalence.outputs import Flat, double, identical
-from reparam.equivalence.precision import PrivateCopy, first_line, named_tensors
+from reparam.equivalence.outputs import Flat, identical
+from reparam.equivalence.precision import PrivateCopy, first_line
+from reparam.equivalence.redrawn import DEPLOYED_DRAWS, DRAWS, noises_of, root_mean_square
 from reparam.equivalence.session import Noises, Session
 
-DRAWS, DEPLOYED_DRAWS = 5, 20
-"""How often the original is run with moved operands in float64, for each step, and as it is deployed."""
 LONGEST, SHORTEST, FURTHEST = 2.0**10, 2.0**6, 1e-2
 """The step, in halves of a unit in the last place, that tells jumps in float64 from what moves in proportion: as long
 as may be, but by so much of itself the answer must move at most, or it leaves the range in which it does. One shorter
@@ -131,7 +129,7 @@ def _looked_at(
         exact = PrivateCopy(original, "original", torch.float64)
         if not identical(session.call(exact, case, torch.float64), truth):
             return ran
-        found = _noises(session, exact, torch.float64, ran, case, truth, DRAWS)
+        found = noises_of(session, exact, torch.float64, ran, case, truth, DRAWS)
         ran = replace(ran, measured=tuple(_with_most(one, found.get(one.figures.name, [])) for one in ran.measured))
         seen, wide = _in_proportion(session, exact, ran, case, truth, found)
         ill = {one.figures.name for one in ran.measured if _is_ill_conditioned(one, seen.get(one.figures.name, []))}
@@ -140,7 +138,7 @@ def _looked_at(
         narrow: Noises = {}
         narrowed = None if deployed is None else PrivateCopy(deployed, "original")
         if narrowed is not None and session.rules.dtype != torch.float64:
-            narrow = _noises(session, narrowed, None, ran, case, truth, DEPLOYED_DRAWS)
+            narrow = noises_of(session, narrowed, None, ran, case, truth, DEPLOYED_DRAWS)
         measured = [_with(one, narrow, wide) if one.figures.name in ill else one for one in ran.measured]
         return with_decisions(session, narrowed, replace(ran, measured=tuple(measured)), case, truth, narrow, ill)
     except Exception as error:  # operators that cannot be watched, outputs that cannot be compared
@@ -168,7 +166,7 @@ def _in_proportion(
     step = min((step for step in longest.values() if step >= SHORTEST), default=0.0)
     if not step:
         return {}, {}
-    further = _noises(session, exact, torch.float64, ran, case, truth, DRAWS, step)
+    further = noises_of(session, exact, torch.float64, ran, case, truth, DRAWS, step)
     seen = {
         name: found[name]
         for name in further
@@ -198,40 +196,6 @@ def _is_ill_conditioned(one: Measured, noises: Sequence[Spread]) -> bool:
         return False
     amplified = max(relative(noise.rms, one.truth.rms) for noise in noises) / torch.finfo(torch.float64).eps
     return amplified >= ILL_CONDITIONED and one.amplified >= SEEN_AT_LEAST
-
-
-def _noises(
-    session: Session,
-    model: PrivateCopy,
-    dtype: torch.dtype | None,
-    ran: Ran,
-    case: Case,
-    truth: Flat,
-    draws: int,
-    step: float = 1.0,
-) -> Noises:
-    """By output, how far each answer with moved operands is from the truth, run in `dtype` or as it is.
-
-    Outputs with an element that is not finite are left out. It depends on the original alone, so what is known of it
-    from another candidate is not measured again.
-    """
-    elements = tuple((one.figures.name, one.figures.elements) for one in ran.measured)
-    key = (case.name, case.seed, case.is_example, case.shapes, dtype, draws, step, elements)
-    if key in session.known:
-        return session.known[key]
-    found: Noises = {}
-    for draw in range(draws):
-        with MovedOperands(session.seed + draw, step, named_tensors(model.module).values()):
-            answer = session.call(model, case, dtype).tensors()
-        for one in ran.measured:
-            name = one.figures.name
-            if one.truth is None or name not in answer or one.figures.elements != answer[name].numel():
-                continue
-            error = double(answer[name]) - double(truth.tensors()[name])
-            if bool(error.isfinite().all()):
-                found.setdefault(name, []).append(spread(error / one.unit))
-    session.known[key] = {name: noises for name, noises in found.items() if len(noises) == draws}
-    return session.known[key]
 
 
 def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
@@ -271,21 +235,8 @@ def _with(before: Measured, narrow: Noises, wide: Noises) -> Measured:
 
 def _deployed(noises: Sequence[Spread], wide: Sequence[Spread], dtype: torch.dtype) -> list[Spread]:
     """The noises that count: those that were seen, and what is `CERTAIN` of them together."""
-    together = [_root_mean_square(noises).scaled(CERTAIN)] if noises else []
+    together = [root_mean_square(noises).scaled(CERTAIN)] if noises else []
     return [_as_expected(noise, wide, dtype) for noise in (*noises, *together)]
-
-
-def _root_mean_square(noises: Sequence[Spread]) -> Spread:
-    """Of several spreads of tensors of one shape, figure by figure."""
-
-    def mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(list(values)).square().mean(0).sqrt()
-
-    axes = zip(*(noise.slices for noise in noises), strict=True)
-    slices = tuple((mean([rms for rms, _ in axis]), mean([peak for _, peak in axis])) for axis in axes)
-    count = math.sqrt(len(noises))
-    rms, peak = (math.hypot(*figures) / count for figures in zip(*((n.rms, n.peak) for n in noises), strict=True))
-    return Spread(rms, peak, slices)
 
 
 def _as_expected(noise: Spread, wide: Sequence[Spread], dtype: torch.dtype) -> Spread:

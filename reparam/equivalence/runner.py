@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,6 +26,7 @@ from reparam.data import LIMIT, Data, read
 from reparam.equivalence.cases import Case, Slot, plan
 from reparam.equivalence.comparison import CaseResult, Comparison, Parting
 from reparam.equivalence.conditioning import looked_at_again
+from reparam.equivalence.few import with_few_redrawn
 from reparam.equivalence.gather import Ran, gather, typical_noise
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import ALGEBRA_TOLERANCE, NOISE_FACTOR, Rules, Runs
@@ -165,8 +167,10 @@ def verify(
     typical = typical_noise(ran)
     comparison = judged(ran)
     if not comparison.passed and isinstance(original, nn.Module):
-        ran = looked_at_again(session, original, deployed or original, ran, comparison.cases)
-        comparison = judged(ran)
+        for look in (partial(with_few_redrawn, session), partial(looked_at_again, session, original)):
+            if not comparison.passed:
+                ran = look(deployed or original, ran, comparison.cases)
+                comparison = judged(ran)
     told = comparison.passed or comparison.lacks_evidence
     if told or not isinstance(original, nn.Module) or rules.runtime or not find_parting:
         return comparison

@@ -65,7 +65,7 @@ class Constants:
         """The value of a constant node, float64 where it is floating; anything else is returned as it is."""
         if not isinstance(argument, fx.Node):
             return argument
-        pending = [argument]
+        pending, on_the_way = [argument], []
         while pending:
             node = pending[-1]
             missing = [other for other in self._operands(node) if other not in self._values]
@@ -73,8 +73,12 @@ class Constants:
                 pending.pop()
                 if node not in self._values:
                     self._values[node] = self._evaluate(node)
+                    on_the_way.append(node)
             else:
                 pending.extend(missing)
+        for node in on_the_way:
+            if node is not argument and len(node.users) == 1:
+                del self._values[node]  # only what was asked for reads it; weights are large
         return self._values[argument]
 
     def held(self, node: fx.Node) -> Any:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from torch import fx, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from reparam.algebra import Inexact
 from reparam.graph.constants import Constants
@@ -66,6 +71,28 @@ EMPTY = Inexact("one of its tensors has no elements")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+@dataclass(frozen=True)
+class _Convolution:
+    """What decides the sizes of a convolution's result, by the names that torch's modules have for it."""
+
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    transposed: bool = False
+
+
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CALLED: dict[Any, tuple[str, ...]] = dict.fromkeys(
+    (functional.conv1d, functional.conv2d, functional.conv3d), _ARGUMENTS
+)
+
+
+def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value) * (rank if len(value) == 1 else 1)
+
+
 class LiftedGraph:
     """Lifts nodes, each once.
 
@@ -91,6 +118,22 @@ class LiftedGraph:
         found = self.lift(node)
         return found is not None and not isinstance(found, Inexact)
 
+    def _convolution(self, node: fx.Node) -> tuple[fx.Node, _Convolution] | None:
+        """Input and settings of a convolution that is written as a function of a constant weight and numbers."""
+        names = _CALLED.get(node.target) if node.op == "call_function" else None
+        given = {} if names is None else {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        source, weight = given.pop("input", None), given.pop("weight", None)
+        tensor = info(weight) if isinstance(weight, fx.Node) and weight in self._constants else None
+        if tensor is None or len(tensor.shape) < 3 or not isinstance(source, fx.Node):
+            return None
+        stride, padding, dilation = given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)
+        if any(isinstance(part, fx.Node) for value in (stride, padding, dilation) for part in tree_leaves(value)):
+            return None
+        rank = len(tensor.shape) - 2
+        pads = padding if isinstance(padding, str) else _per_axis(padding, rank)
+        kernel = tuple(tensor.shape[2:])
+        return source, _Convolution(tensor.shape[0], kernel, _per_axis(stride, rank), pads, _per_axis(dilation, rank))
+
     def _demanded(self, node: fx.Node, axis: int) -> int | None:
         """The size of an axis that a layer with weights demands, which reads the tensor or all parts of its split."""
         shape = info(node).shape  # type: ignore[union-attr]
@@ -113,7 +156,10 @@ class LiftedGraph:
     def _sizes(self, node: fx.Node, sizes: Sizes) -> Dims | None:
         module = module_of(node, self._root)
         if isinstance(module, (*_CONVS, nn.Linear, nn.modules.batchnorm._BatchNorm)):
-            return _layer_sizes(node, module, sizes)  # without reading its weights
+            source = node.args[0] if len(node.args) == 1 else None
+            return _layer_sizes(node, source, module, sizes)  # without reading its weights
+        if (called := self._convolution(node)) is not None:
+            return _layer_sizes(node, *called, sizes)  # without computing its weights
         found = self.lift(node)
         if isinstance(found, Either):
             found = next((option for option in found.options if isinstance(option, Carried)), found.options[0])
@@ -133,10 +179,10 @@ class LiftedGraph:
         return None
 
 
-def _layer_sizes(node: fx.Node, layer: nn.Module, sizes: Sizes) -> Dims | None:
-    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+def _layer_sizes(node: fx.Node, source: Any, layer: nn.Module | _Convolution, sizes: Sizes) -> Dims | None:
+    if not isinstance(source, fx.Node):
         return None
-    dims = list(sizes.dims(node.args[0]))
+    dims = list(sizes.dims(source))
     own = own_sizes(node)
     if len(dims) != len(own) or len(dims) < 2:
         return None
@@ -144,11 +190,12 @@ def _layer_sizes(node: fx.Node, layer: nn.Module, sizes: Sizes) -> Dims | None:
         dims[-1] = Size(layer.out_features)
     elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
         dims[1] = Size(layer.num_features)
-    elif isinstance(layer, _CONVS) and len(dims) == len(layer.kernel_size) + 2:
+    elif isinstance(layer, (_Convolution, *_CONVS)) and len(dims) == len(layer.kernel_size) + 2:
         dims[1] = Size(layer.out_channels)
         for axis, kernel in enumerate(layer.kernel_size):
             reach = layer.dilation[axis] * (kernel - 1)
-            kept = layer.padding == "same" or (not layer.transposed and 2 * int(layer.padding[axis]) == reach)
+            pads = 0 if isinstance(layer.padding, str) else int(layer.padding[axis])  # "valid" has none
+            kept = layer.padding == "same" or (not layer.transposed and 2 * pads == reach)
             if not kept or layer.stride[axis] != 1:
                 dims[axis + 2] = own[axis + 2]
     else:

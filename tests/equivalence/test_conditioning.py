@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam.equivalence import conditioning, verify
+from reparam.equivalence import conditioning, redrawn, verify
 from reparam.equivalence.judge import spread
 from reparam.equivalence.measure import measure
 from reparam.equivalence.measured import Rules, Runs
@@ -240,7 +240,7 @@ def test_what_the_look_costs_is_counted_and_the_original_stays_as_it_was() -> No
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     looked = verify(original, candidate, example(), level="quick")
     assert 1.0 < max(output.worst_ratio for output in looked.outputs) < conditioning.MOST_LUCK
-    assert looked.cost >= 3.0 + 1.0 + 2 * conditioning.DRAWS
+    assert looked.cost >= 3.0 + 1.0 + 2 * redrawn.DRAWS
     assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 
@@ -253,7 +253,7 @@ def test_what_is_known_of_the_original_is_not_measured_again() -> None:
         for _ in range(2)
     )
     assert known
-    assert second.cost <= first.cost - 2 * conditioning.DRAWS
+    assert second.cost <= first.cost - 2 * redrawn.DRAWS
     assert second.outputs == first.outputs
     other = folded(copy.deepcopy(original).double())
     other.head.weight.data *= 1.001
@@ -264,7 +264,7 @@ def test_an_original_that_cannot_be_watched_is_judged_without_and_that_is_told(m
     def refuse(*args: Any) -> None:
         raise RuntimeError("no modes here")
 
-    monkeypatch.setattr(conditioning, "MovedOperands", refuse)
+    monkeypatch.setattr(redrawn, "MovedOperands", refuse)
     original, candidate = of(Plain, 0), of(Cancelling, 0)
     candidate.lost = 10
     comparison = verify(original, candidate, example(), level="quick")
@@ -452,7 +452,7 @@ def test_outputs_that_cannot_be_looked_at_are_left_alone() -> None:
 
 def test_several_noises_together_are_their_root_mean_square() -> None:
     values = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[4.0, 0.0], [0.0, 1.0]])]
-    together = conditioning._root_mean_square([spread(value) for value in values])
+    together = redrawn.root_mean_square([spread(value) for value in values])
     assert together.rms == pytest.approx(math.sqrt((9 / 4 + 17 / 4) / 2))
     assert together.peak == pytest.approx(math.sqrt((9 + 16) / 2))
     (rows, peaks), _ = together.slices
