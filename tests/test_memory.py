@@ -26,6 +26,7 @@ from reparam.graph.nodes import kind
 from reparam.graph.normal import normalise
 from reparam.graph.table import TABLE
 from reparam.inputs import Inputs
+from reparam.passes.constant_folding import ConstantFolding
 
 ROOT = Path(__file__).resolve().parent.parent
 measurable = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory figures")
@@ -143,7 +144,7 @@ class Standardised(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, momentum=0.0)
-        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, 1, self.padding, self.dilation)
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_no_pass_leaves_wide_weights_behind(monkeypatch: pytest.MonkeyPatch, wit
         most = max(most, sum(one() is not None for one in made))
 
     monkeypatch.setattr(Constants, "__init__", watched)
-    model = nn.Sequential(Standardised(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Standardised(8, 4, 3)).eval()
+    model = nn.Sequential(Standardised(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Standardised(8, 4, 3)).eval()
     fused = reparam.fuse(model, torch.randn(1, 3, 9, 9))
     assert {"constants", "collapse"} <= {rewrite.pass_name for rewrite in fused.report.rewrites}
     assert len(made) > 5
@@ -179,7 +180,7 @@ def captured(model: nn.Module, x: torch.Tensor) -> tuple[Constants, LiftedGraph,
     found = capture(model, x)
     normalise(found.graph, found.root)
     constants = Constants(found.graph, found.root)
-    nodes = {kind(node, found.root): node for node in found.graph.nodes}
+    nodes = {"input" if node.op == "placeholder" else kind(node, found.root): node for node in found.graph.nodes}
     return constants, LiftedGraph(found.graph, found.root, TABLE, constants), nodes
 
 
@@ -194,6 +195,51 @@ def test_what_a_folded_constant_was_made_of_is_let_go(without_collector: None) -
     assert torch.equal(constants.value(nodes["reshape_as"]), made), "it can be asked for again"
     constants.forget(nodes["batch_norm"])
     assert constants.value(nodes["batch_norm"]) is constants.value(nodes["batch_norm"]), "another value is made of it"
+
+
+def test_values_on_the_way_to_a_constant_are_not_kept() -> None:
+    constants, _, nodes = captured(Standardised(3, 8, 3), torch.randn(1, 3, 9, 9))
+    constants.value(nodes["reshape_as"])
+    assert nodes["reshape_as"] in constants._values
+    assert nodes["batch_norm"] not in constants._values
+
+
+def test_folding_keeps_no_value_of_what_it_has_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Constants] = []
+    begin = Constants.__init__
+
+    def watched(self: Constants, *args: object, **settings: object) -> None:
+        begin(self, *args, **settings)  # type: ignore[arg-type]
+        made.append(self)
+
+    found = capture(nn.Sequential(Standardised(3, 8, 3), Standardised(8, 4, 3)), torch.randn(1, 3, 9, 9))
+    normalise(found.graph, found.root)
+    monkeypatch.setattr(Constants, "__init__", watched)
+    rewrites, _ = ConstantFolding().run(found.graph, found.root)
+    assert len(rewrites) == 2
+    assert [len(one._values) for one in made] == [0]
+
+
+def test_sizes_are_known_without_computing_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Constants, "_evaluate", lambda *_: pytest.fail("a weight was computed"))
+    for padding, dilation, keeps in ((0, 1, False), ("valid", 1, False), ((1, 1), 1, True), ("same", 2, True)):
+        model = nn.Sequential(Standardised(3, 8, 3, padding=padding, dilation=dilation))
+        _, lifted, nodes = captured(model, torch.randn(2, 3, 9, 9))
+        given, made = (lifted.sizes.dims(nodes[name]) for name in ("input", "conv2d"))
+        assert made[1].literal == 8
+        assert made[0] == given[0]
+        assert (made[2:] == given[2:]) is keeps
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_sizes_behind_a_convolution(rank: int) -> None:
+    layer = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
+    for padding, stride, keeps in (("valid", 1, False), (0, 1, False), (1, 1, True), ("same", 1, True), (1, 2, False)):
+        model = nn.Sequential(layer(3, 8, 3, padding=padding, stride=stride))
+        _, lifted, nodes = captured(model, torch.randn(2, 3, *(9,) * rank))
+        given, made = (lifted.sizes.dims(nodes[name]) for name in ("input", layer.__name__))
+        assert made[1].literal == 8
+        assert (made[2:] == given[2:]) is keeps
 
 
 class OfFunctions(nn.Module):

@@ -4,10 +4,10 @@ The noise of a slice is what the original was seen to err by there: of one featu
 two, that is two samples. Of thousands of such slices some are small by luck and nearly zero by cancellation at once,
 and where channels differ in scale the median of all says nothing of theirs. So before an error in such a slice is held
 against a candidate, the original is run again as it is deployed, each time with other roundings, and the slice is
-granted the noise that these runs show there.
+granted the noise that these runs show there. It lends nothing to other slices.
 
-The noise as a whole stays what it was seen to be: only its distribution is taken from the further runs. It depends on
-the original alone.
+How large the noise is as a whole stays what the output is allowed: the noise of the further runs is scaled down to
+that, so that only its distribution comes from them.
 """
 
 from __future__ import annotations
@@ -80,14 +80,17 @@ def _with(one: Measured, noises: Noises) -> Measured:
     name = one.figures.name
     if one.numeric is None or not noises.get(name):
         return one
-    error, known = one.numeric
+    known = one.numeric[1]
     found = root_mean_square(noises[name])
     found = found.scaled(min(1.0, relative(known.rms, found.rms)))
-    larger = known.larger(found)
-    slices = (new if few else old for few, old, new in zip(_few(known), known.slices, larger.slices, strict=True))
+    none = found.scaled(0.0)
+    axes = zip(_few(known), found.slices, none.slices, strict=True)
     note = (
         f"{name}: how the original's noise is spread over slices of fewer than {FEW_ELEMENTS} elements was measured "
         f"with {DEPLOYED_DRAWS} runs of it with other roundings"
     )
-    figures = replace(one.figures, notes=(*one.figures.notes, note))
-    return replace(one, numeric=(error, replace(known, slices=tuple(slices))), figures=figures)
+    return replace(
+        one,
+        redrawn=replace(found, slices=tuple(drawn if few else nothing for few, drawn, nothing in axes)),
+        figures=replace(one.figures, notes=(*one.figures.notes, note)),
+    )

@@ -124,6 +124,7 @@ def judge(
     typical: float = 0.0,
     paired: bool = True,
     by_peers: bool = False,
+    redrawn: Spread | None = None,
 ) -> Judgement:
     """Holds an error against the noise.
 
@@ -137,6 +138,7 @@ def judge(
         by_peers: whether the floor of a slice of fewer than `FEW_ELEMENTS` is that of its peers, if that is larger: one
             logit of a thousand is nearly zero by chance, which says nothing of the terms it was summed from. Of
             fewer than `FEW_ELEMENTS` single values among zeros it is that of the tensor, whatever `by_peers` says.
+        redrawn: noise of slices in several further runs; 0 where there were none. A slice is granted its own, no other.
     """
     luck = math.exp(LUCK_DEVIATIONS / math.sqrt(max(samples, 1)))
     elements = math.prod(rms.numel() for rms, _ in truth.slices)
@@ -152,7 +154,10 @@ def judge(
         for kind in (0, 1):
             peers = truth.rms if handful else float(truths[kind].median()) if few else 0.0
             least = floor * truths[kind].clamp_min(peers)
-            bars = _noise_bars(truths[kind], noises[kind], slice_factor, typical) + least
+            bars = _noise_bars(truths[kind], noises[kind], slice_factor, typical)
+            if redrawn is not None:
+                bars = torch.maximum(bars, slice_factor * _largest_of(bars.numel()) * redrawn.slices[axis][kind])
+            bars += least
             ratios = torch.where(errors[kind] == 0, 0.0, errors[kind] / bars)
             index = int(ratios.argmax())
             if float(ratios[index]) > worst.ratio:
@@ -179,9 +184,13 @@ def _noise_bars(truths: torch.Tensor, noises: torch.Tensor, factor: float, typic
     relative = max(relative, typical)
     typical_level = max(float(noises.median()), relative * float(truths.median()))
     level = torch.maximum(noises, truths * relative).clamp_min(typical_level)
-    # The largest of n normal samples is near sqrt(2 log n); 2 more deviations for the noise itself being a sample.
-    luck = 2.0 + math.sqrt(2.0 * math.log(max(noises.numel(), 2)))
+    luck = 2.0 + _largest_of(noises.numel())  # 2 more deviations for the noise itself being a sample
     return factor * luck * level
+
+
+def _largest_of(count: int) -> float:
+    """About how large the largest of so many normal samples is, in standard deviations."""
+    return math.sqrt(2.0 * math.log(max(count, 2)))
 
 
 def _ratio(error: float, bar: float) -> float:

@@ -113,7 +113,9 @@ def verdict(measured: Measured, rules: Rules, typical: float = 0.0) -> OutputCom
     numeric = algebra = None
     if truth is not None and measured.numeric is not None:
         floor = numeric_floor(measured.dtype, rules.runtime)
-        numeric = _judged(measured, measured.numeric, rules.noise_factor, floor, typical, not rules.runtime)
+        numeric = _judged(
+            measured, measured.numeric, rules.noise_factor, floor, typical, not rules.runtime, redrawn=measured.redrawn
+        )
         if not numeric.passed:
             failures.append(
                 f"{figures.name}: the error of the candidate is {numeric.ratio:.3g} times what is allowed, "
@@ -164,6 +166,7 @@ def _judged(
     typical: float = 0.0,
     paired: bool = True,
     by_peers: bool = False,
+    redrawn: Spread | None = None,
 ) -> Judgement:
     assert measured.truth is not None
     return judge(
@@ -174,6 +177,7 @@ def _judged(
         typical=typical,
         paired=paired,
         by_peers=by_peers,
+        redrawn=redrawn,
     )
 
 

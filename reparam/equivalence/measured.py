@@ -77,6 +77,7 @@ class Measured:
             (100% are 128 roundoffs of bfloat16), a run in float32 tells instead, if there was one.
         at_most: the most that other roundings were seen to change the original's answer by in float64, believed or not;
             None if that was not looked at.
+        redrawn: noise of slices of few elements in further runs of the original (`few.py`); None if there were none.
     """
 
     figures: OutputComparison
@@ -89,3 +90,4 @@ class Measured:
     unit: float = 1.0
     amplified: float = 0.0
     at_most: Spread | None = None
+    redrawn: Spread | None = None

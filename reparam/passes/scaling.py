@@ -138,8 +138,6 @@ class Surroundings:
     def _single(self, node: fx.Node) -> Scaling | None:
         if node.op not in ("call_module", "call_function", "call_method") or self.is_layer(node):
             return None
-        if node in self._constants:
-            return None  # it is folded, not moved; and asking would compute it
         found = self.map_of(node)
         if found is None or not found[1].geometry.is_diagonal:
             return None
