@@ -388,6 +388,12 @@ def _on_file(path: Path, timm_version: str, key: str) -> dict[str, Any]:
     return dict(held.get(key, {})) if held.get("timm") == timm_version else {}
 
 
+def machines(kept: Path | None, here: str) -> str:
+    """The processors on which the rows were made: those of a file whose rows are kept, and this one."""
+    before = json.loads(kept.read_text())["hardware"].split(" and ") if kept is not None and kept.exists() else []
+    return " and ".join(dict.fromkeys((*before, here)))
+
+
 def main() -> int:
     """Runs the sweep from the command line."""
     from reparam.bench.machine import hardware_name
@@ -402,7 +408,7 @@ def main() -> int:
         "reparam": engine_revision(),
         "torch": torch.__version__,
         "timm": timm_version,
-        "hardware": hardware_name(torch.device("cpu")),
+        "hardware": machines(path if args.keep_older else None, hardware_name(torch.device("cpu"))),
         "sizes": known,
         "networks": networks,
     }

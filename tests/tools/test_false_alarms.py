@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +137,13 @@ def test_the_smallest_of_each_family_goes_first() -> None:
     first = ["lcnet_035", "resnet10t", "vgg11"]
     assert in_turn(sizes, math.inf) == [*first, "lcnet_050", "resnet18", "vgg19"]
     assert in_turn(sizes, 100) == [*first[:2], "lcnet_050", "resnet18"]
+
+
+def test_rows_that_are_kept_name_their_machine(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    assert false_alarms.machines(path, "a new one") == "a new one"
+    path.write_text(json.dumps({"hardware": "an old one"}))
+    assert false_alarms.machines(path, "a new one") == "an old one and a new one"
+    path.write_text(json.dumps({"hardware": "an old one and a new one"}))
+    assert false_alarms.machines(path, "a new one") == "an old one and a new one"
+    assert false_alarms.machines(None, "a new one") == "a new one"
