@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from reparam.algebra import Inexact
 from reparam.graph.constants import Constants
+from reparam.graph.formulas import layers
 from reparam.graph.lift import Carried, Concatenated, Either, Lift, Lifted, LiftTable, Sliced
 from reparam.graph.nodes import info, kind, module_of
 from reparam.graph.sizes import Dims, Size, Sizes, own_sizes
@@ -83,16 +83,6 @@ class _Convolution:
     transposed: bool = False
 
 
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_CALLED: dict[Any, tuple[str, ...]] = dict.fromkeys(
-    (functional.conv1d, functional.conv2d, functional.conv3d), _ARGUMENTS
-)
-
-
-def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value) * (rank if len(value) == 1 else 1)
-
-
 class LiftedGraph:
     """Lifts nodes, each once.
 
@@ -120,19 +110,21 @@ class LiftedGraph:
 
     def _convolution(self, node: fx.Node) -> tuple[fx.Node, _Convolution] | None:
         """Input and settings of a convolution that is written as a function of a constant weight and numbers."""
-        names = _CALLED.get(node.target) if node.op == "call_function" else None
-        given = {} if names is None else {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        source, weight = given.pop("input", None), given.pop("weight", None)
+        row = self._table.row(node, self._root)
+        if row is None or row.lift is not layers.conv:
+            return None
+        given = {**dict(zip(row.signature, node.args, strict=False)), **node.kwargs}
+        source, weight = given.get("input"), given.get("weight")
         tensor = info(weight) if isinstance(weight, fx.Node) and weight in self._constants else None
         if tensor is None or len(tensor.shape) < 3 or not isinstance(source, fx.Node):
             return None
-        stride, padding, dilation = given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)
-        if any(isinstance(part, fx.Node) for value in (stride, padding, dilation) for part in tree_leaves(value)):
+        stride, padding, dilation = (given.get(name) for name in ("stride", "padding", "dilation"))
+        if any(isinstance(part, fx.Node) for part in tree_leaves((stride, padding, dilation))):
             return None
         rank = len(tensor.shape) - 2
-        pads = padding if isinstance(padding, str) else _per_axis(padding, rank)
-        kernel = tuple(tensor.shape[2:])
-        return source, _Convolution(tensor.shape[0], kernel, _per_axis(stride, rank), pads, _per_axis(dilation, rank))
+        steps, reaches = (layers.per_axis(value, rank, 1) for value in (stride, dilation))
+        pads = padding if isinstance(padding, str) else layers.per_axis(padding, rank, 0)
+        return source, _Convolution(tensor.shape[0], tuple(tensor.shape[2:]), steps, pads, reaches)
 
     def _demanded(self, node: fx.Node, axis: int) -> int | None:
         """The size of an axis that a layer with weights demands, which reads the tensor or all parts of its split."""

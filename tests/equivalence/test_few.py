@@ -38,8 +38,8 @@ def example() -> torch.Tensor:
     return torch.randn(2, 4, 7, 8, 9)
 
 
-@pytest.mark.parametrize("seeds", sampled([SEEDS[:8], SEEDS[8:]], 1), ids=lambda seeds: f"{len(seeds)} seeds")
-def test_chance_raises_no_alarm(monkeypatch: pytest.MonkeyPatch, seeds: range) -> None:
+@pytest.mark.parametrize("seeds", sampled([SEEDS[:8], SEEDS[8:]], 2), ids=["a few", "others"])
+def test_chance_raises_no_alarm(seeds: range) -> None:
     looked = 0
     for seed in seeds:
         fused = reparam.fuse(flattened(seed, nn.ReLU()), example())
@@ -82,7 +82,7 @@ def test_a_fault_of_one_feature_is_found_where_it_is_one(seed: int) -> None:
     fused = reparam.fuse(model, x).module
     places, large = features(model, x)
     for feature in places:
-        comparison = verify(model, Off(fused, feature, 40.0 * large), x, level="quick")
+        comparison = verify(model, Off(fused, feature, 60.0 * large), x, level="quick")
         assert not comparison.passed
         assert comparison.only_noisy
         assert comparison.outputs[0].worst_index == (0, feature)
@@ -90,7 +90,7 @@ def test_a_fault_of_one_feature_is_found_where_it_is_one(seed: int) -> None:
 
 
 class Quiet(nn.Module):
-    """Loses ten bits of some features."""
+    """Loses some bits of some features."""
 
     def __init__(self, model: nn.Module, some: slice) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Quiet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.model(x).clone()
-        y[:, self.some] = (y[:, self.some] + 10.0) - 10.0
+        y[:, self.some] = (y[:, self.some] + 50.0) - 50.0
         return y
 
 
